@@ -1,0 +1,416 @@
+"""Adapter and identity files: read, check, write (DESIGN: contracts, version 1).
+
+Reading promises: nothing of a file is executed; a bad file is refused with a named error that
+gives the path and what is wrong; shapes are checked against the header before any tensor is
+read. Writing promises: the old file stays good until the new one is complete on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapter import FACE_HIDDEN, Adapter, AdapterConfig, dataclass_from_json
+from .errors import (
+    ConfigError,
+    FileMissingError,
+    HeaderError,
+    HeaderTooLargeError,
+    MissingTensorError,
+    NameNotAllowedError,
+    NewerVersionError,
+    NotFiniteError,
+    NotSafetensorsError,
+    OptionError,
+    OverlappingOffsetsError,
+    TruncatedFileError,
+    UnexpectedTensorError,
+    WrongDtypeError,
+    WrongFormatError,
+    WrongShapeError,
+)
+from .identity import CLIP_TOKENS, FACE_WIDTH, Identity, IdentityConfig
+
+ADAPTER_FORMAT = "infinite-id-adapter"
+IDENTITY_FORMAT = "infinite-id-identity"
+VERSION = 1
+
+MAX_HEADER = 16 * 2**20  # bytes; SDXL's 70 layers need 20 kB
+MAX_REFERENCES = 4096
+_FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor as the header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A checked safetensors header."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+# --- adapters --------------------------------------------------------------------------------
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file into a CPU module of the file's own dtype.
+
+    Raises a subclass of ``FileError``; nothing is loaded from a file that fails any check.
+    """
+    config, tensors = read_adapter_tensors(path)
+    return build_adapter(config, tensors)
+
+
+def read_adapter_tensors(path: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Checked configuration and tensors of an adapter file."""
+    path = Path(path)
+    header = read_header(path)
+    values = _config_of(path, header, ADAPTER_FORMAT)
+    try:
+        config = AdapterConfig.from_json(values)
+    except OptionError as error:
+        raise ConfigError(path, f"bad adapter configuration: {error}") from error
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    _check_shapes(path, shapes, _adapter_shapes(path, config, shapes))
+    return config, _read_tensors(path, header)
+
+
+def build_adapter(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], operations: Any = torch.nn
+) -> Adapter:
+    """An ``Adapter`` that holds ``tensors`` themselves (no copy), built without allocating."""
+    with torch.device("meta"):
+        adapter = Adapter(config, _widths(tensors), operations)
+    adapter.load_state_dict(dict(tensors), assign=True)
+    return adapter.requires_grad_(False)
+
+
+def write_adapter(path: str | Path, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
+    """Write an adapter file atomically, in ``dtype`` (default: as it is)."""
+    tensors = {
+        name: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous()
+        for name, t in adapter.state_dict().items()
+    }
+    _write(path, tensors, ADAPTER_FORMAT, adapter.config.to_json())
+
+
+def _widths(tensors: Mapping[str, Any]) -> dict[str, int]:
+    widths = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"layers\.(.+)\.to_k\.weight", name)
+        if match:
+            widths[match[1]] = int(tensor.shape[0])
+    return widths
+
+
+def _adapter_shapes(
+    path: Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor an adapter of this configuration and these layers must have."""
+    c, d, wide = config.context_width, config.clip_width, config.face_tokens * config.context_width
+    wanted: dict[str, tuple[int, ...]] = {}
+    for mapper, (width, hidden, out) in {
+        "clip_mapper": (d, d, c),
+        "face_mapper": (config.face_width, FACE_HIDDEN, wide),
+    }.items():
+        wanted |= {
+            f"{mapper}.proj_in.weight": (hidden, width),
+            f"{mapper}.proj_in.bias": (hidden,),
+            f"{mapper}.proj_out.weight": (out, hidden),
+            f"{mapper}.proj_out.bias": (out,),
+            f"{mapper}.norm.weight": (c,),
+            f"{mapper}.norm.bias": (c,),
+        }
+    layer = re.compile(
+        r"layers\.(?P<path>(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+"
+        r"\.transformer_blocks\.\d+)\.to_[kv]\.weight"
+    )
+    for name, shape in shapes.items():
+        match = layer.fullmatch(name)
+        if match:
+            width = shape[0] if len(shape) == 2 else 0
+            for part in ("to_k", "to_v"):
+                wanted.setdefault(f"layers.{match['path']}.{part}.weight", (width, c))
+    if not any(name.startswith("layers.") for name in wanted):
+        raise MissingTensorError(path, "has no layer at all (layers.<path>.to_k.weight).")
+    return wanted
+
+
+# --- identities ------------------------------------------------------------------------------
+
+
+def read_identity(path: str | Path) -> Identity:
+    """Read an identity file. Raises a subclass of ``FileError``."""
+    path = Path(path)
+    header = read_header(path)
+    values = _config_of(path, header, IDENTITY_FORMAT)
+    try:
+        config: IdentityConfig = dataclass_from_json(IdentityConfig, values)
+    except OptionError as error:
+        raise ConfigError(path, f"bad identity configuration: {error}") from error
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    n = shapes["weight"][0] if len(shapes.get("weight", ())) == 1 else 1
+    d = shapes["clip"][2] if len(shapes.get("clip", ())) == 3 else 0
+    if not 1 <= n <= MAX_REFERENCES:
+        raise WrongShapeError(path, f"holds {n} references; expected 1 to {MAX_REFERENCES}.")
+    wanted: dict[str, tuple[int, ...]] = {
+        "face": (n, FACE_WIDTH),
+        "clip": (n, CLIP_TOKENS, d),
+        "weight": (n,),
+    }
+    _check_shapes(path, shapes, wanted)
+    tensors = _read_tensors(path, header)
+    try:
+        return Identity(
+            face=tensors["face"].float(),
+            clip=tensors["clip"],
+            weight=tensors["weight"].float(),
+            config=config,
+        )
+    except OptionError as error:
+        raise ConfigError(path, str(error)) from error
+
+
+def write_identity(path: str | Path, identity: Identity) -> None:
+    """Write an identity file atomically. It holds biometric features, and no photo."""
+    clip = identity.clip if identity.clip.dtype == torch.float16 else identity.clip.float()
+    tensors = {
+        "face": identity.face.float().cpu().contiguous(),
+        "clip": clip.cpu().contiguous(),
+        "weight": identity.weight.float().cpu().contiguous(),
+    }
+    _write(path, tensors, IDENTITY_FORMAT, asdict(identity.config))
+
+
+def identity_path(folder: str | Path, name: str) -> Path:
+    """The file of an identity by its name; the name never leaves ``folder``.
+
+    Allowed: letters, digits, spaces and ``-_.()+``, not starting with a dot, at most 100
+    characters, not a name Windows reserves. Raises ``NameNotAllowedError``.
+    """
+    stem = name.strip().removesuffix(".safetensors")
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", stem)
+    if reserved or not re.fullmatch(r"[^\W_][\w \-.()+]{0,99}", stem) or stem[-1] in ". ":
+        raise NameNotAllowedError(
+            f"Expected a plain name such as 'anna' (letters, digits, spaces, - _ . ( ) +), got "
+            f"{name!r}. Folders are not part of the name."
+        )
+    return Path(folder) / f"{stem}.safetensors"
+
+
+# --- safetensors, carefully ------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check a safetensors header without touching the tensors.
+
+    Raises ``FileMissingError``, ``NotSafetensorsError``, ``TruncatedFileError``,
+    ``HeaderTooLargeError``, ``HeaderError``, ``OverlappingOffsetsError``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileMissingError(path, "no such file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(_PICKLES):
+            raise NotSafetensorsError(
+                path,
+                "is a pickle (or zip) whatever its name says, and was not opened. Convert it "
+                "with 'python -m trainer convert' if you trust its source.",
+            )
+        if len(start) < 8:
+            raise TruncatedFileError(path, f"is {size} bytes long, too short for any file.")
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER:
+            raise HeaderTooLargeError(
+                path, f"claims a header of {length} bytes; expected at most {MAX_HEADER}. "
+                "The file is damaged or not a safetensors file."
+            )  # fmt: skip
+        if 8 + length > size:
+            raise TruncatedFileError(
+                path, f"ends inside its header ({size} of at least {8 + length} bytes). "
+                "Download or copy it again."
+            )  # fmt: skip
+        raw = file.read(length)
+    return _parse_header(path, raw, size - 8 - length)
+
+
+def _parse_header(path: Path, raw: bytes, data_size: int) -> Header:
+    try:
+        values = json.loads(raw.decode("utf-8"))
+        metadata = values.pop("__metadata__", {})
+        tensors = {name: _entry(value) for name, value in values.items()}
+        if not all(isinstance(v, str) for v in metadata.values()):
+            raise TypeError("metadata values must be text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HeaderError(path, f"does not start with a safetensors header ({error}).") from error
+    position = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise OverlappingOffsetsError(
+                path, f"tensor {name!r} starts at byte {entry.start}; expected {position}."
+            )
+        position = entry.end
+    if position != data_size:
+        raise TruncatedFileError(
+            path, f"should hold {position} bytes of tensors and holds {data_size}. "
+            "Download or copy it again."
+        )  # fmt: skip
+    return Header(tensors=tensors, metadata=metadata)
+
+
+def _entry(value: Any) -> TensorEntry:
+    start, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    dtype = value["dtype"]
+    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+        raise ValueError("shapes and offsets must be whole numbers")
+    width = _FLOATS.get(dtype)
+    if end < start or (width is not None and end - start != math.prod(shape) * width):
+        raise ValueError(f"a tensor of shape {list(shape)} {dtype} cannot have {end - start} bytes")
+    return TensorEntry(dtype=dtype, shape=shape, start=start, end=end)
+
+
+def _config_of(path: Path, header: Header, wanted: str) -> dict[str, Any]:
+    found = header.metadata.get("format")
+    if found != wanted:
+        raise WrongFormatError(
+            path, f"expected metadata format {wanted!r}, found {found!r}. "
+            f"Its first tensors are {sorted(header.tensors)[:3]}."
+        )  # fmt: skip
+    version = header.metadata.get("version", "")
+    if not version.isdecimal() or len(version) > 9:
+        raise ConfigError(path, f"version must be a whole number, found {version!r}.")
+    if int(version) > VERSION:
+        raise NewerVersionError(
+            path, f"was written in version {version} of the format; this release reads up to "
+            f"{VERSION}. Update Infinite-ID."
+        )  # fmt: skip
+    try:
+        values = json.loads(header.metadata.get("config", ""))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(path, f"its configuration is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(path, f"its configuration is {type(values).__name__}, not an object.")
+    return values
+
+
+def _check_shapes(
+    path: Path,
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing:
+        raise MissingTensorError(path, f"lacks {len(missing)} tensors, e.g. {missing[:3]}.")
+    if extra:
+        raise UnexpectedTensorError(
+            path, f"has {len(extra)} tensors this format does not know, e.g. {extra[:3]}."
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape or 0 in shape:
+            raise WrongShapeError(
+                path, f"{name} has shape {list(found[name])}; expected {list(shape)}."
+            )
+
+
+def _read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
+    for name, entry in header.tensors.items():
+        if entry.dtype not in _FLOATS:
+            raise WrongDtypeError(path, f"{name} is {entry.dtype}; expected F16, BF16 or F32.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise HeaderError(path, f"cannot be read ({error}).") from error
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NotFiniteError(path, f"{name} holds NaN or infinity.")
+    return tensors
+
+
+def _write(
+    path: str | Path, tensors: Mapping[str, Tensor], format_name: str, config: dict[str, Any]
+) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NotFiniteError(path, f"not written: {name} holds NaN or infinity.")
+    metadata = {
+        "format": format_name,
+        "version": str(VERSION),
+        "config": json.dumps(config, sort_keys=True),
+    }
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it replaces ``path`` in one step.
+
+    The data is on disk (fsync) before the rename, so a crash or ``kill -9`` at any moment leaves
+    either the old file or the whole new one. On an exception nothing changes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; Windows has no such call and needs none."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+__all__ = [
+    "ADAPTER_FORMAT",
+    "IDENTITY_FORMAT",
+    "Header",
+    "build_adapter",
+    "identity_path",
+    "read_adapter",
+    "read_adapter_tensors",
+    "read_header",
+    "read_identity",
+    "replacing",
+    "write_adapter",
+    "write_identity",
+]

@@ -1,0 +1,143 @@
+"""Every failure a user can meet, by name. Messages say what was expected, found, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class InfiniteIDError(Exception):
+    """Base of all errors of this project."""
+
+
+class OptionError(InfiniteIDError, ValueError):
+    """An option is outside its allowed values."""
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+class FileError(InfiniteIDError):
+    """A file is not what it should be. The message starts with its path."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = Path(path)
+        self.problem = problem
+
+
+class FileMissingError(FileError):
+    """The file, or the folder it should be in, does not exist."""
+
+
+class NotSafetensorsError(FileError):
+    """The file is a pickle or something else, whatever its name says. It was not opened."""
+
+
+class TruncatedFileError(FileError):
+    """The file ends before its last tensor, or has bytes after it."""
+
+
+class HeaderTooLargeError(FileError):
+    """The header claims to be larger than any real header."""
+
+
+class HeaderError(FileError):
+    """The header is not the JSON a safetensors file starts with."""
+
+
+class OverlappingOffsetsError(FileError):
+    """Two tensors claim the same bytes, or leave a hole between them."""
+
+
+class WrongFormatError(FileError):
+    """A sound safetensors file that is not of the wanted kind."""
+
+
+class NewerVersionError(FileError):
+    """Written by a newer version of this project."""
+
+
+class ConfigError(FileError):
+    """The file's configuration has missing, unknown or impossible entries."""
+
+
+class MissingTensorError(FileError):
+    """Tensors the format requires are absent."""
+
+
+class UnexpectedTensorError(FileError):
+    """Tensors the format does not know."""
+
+
+class WrongShapeError(FileError):
+    """A tensor has another shape than the configuration and its neighbours require."""
+
+
+class WrongDtypeError(FileError):
+    """A tensor is not floating point."""
+
+
+class NotFiniteError(FileError):
+    """A tensor holds NaN or infinity."""
+
+
+class NameNotAllowedError(InfiniteIDError, ValueError):
+    """A file name that is empty, reserved or would leave its folder."""
+
+
+# --- things that do not fit together ---------------------------------------------------------
+
+
+class MismatchError(InfiniteIDError):
+    """Two inputs do not fit together."""
+
+
+class IdentityMismatchError(MismatchError):
+    """An identity was made with another encoder than the adapter (or the other identity) needs."""
+
+
+class ModelMismatchError(MismatchError):
+    """The adapter was made for a UNet of another shape."""
+
+
+class NotSDXLError(MismatchError):
+    """The model is not an SDXL-shaped UNet."""
+
+
+class StreamConflictError(MismatchError):
+    """Two Apply nodes on one model ask for different things of the one text stream."""
+
+
+class PatchConflictError(MismatchError):
+    """Another node pack replaced the same attention in a way that cannot be composed."""
+
+
+# --- faces and encoders ----------------------------------------------------------------------
+
+
+class MissingPackageError(InfiniteIDError, ImportError):
+    """A Python package this node needs is not installed."""
+
+
+class ImageError(InfiniteIDError, ValueError):
+    """A picture is empty, has an impossible shape or is too large."""
+
+
+class FaceError(InfiniteIDError):
+    """Something about faces."""
+
+
+class NoFaceError(FaceError):
+    """No face was found; the message lists what was tried."""
+
+
+class FaceIndexError(FaceError, IndexError):
+    """The wanted face number does not exist."""
+
+
+class FaceModelError(FaceError):
+    """A face model pack is missing, nested, incomplete or has no recogniser."""
+
+
+class EncoderError(InfiniteIDError):
+    """An image encoder is not of a kind this project can use."""
