@@ -1,0 +1,31 @@
+"""The method's face in ComfyUI: thin V3 nodes, one file per family."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from . import adapter, apply, face, folders, identity, micro
+
+
+class InfiniteIDExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    @override
+    async def on_load(self) -> None:
+        folders.register()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            *face.NODES,
+            *identity.NODES,
+            *adapter.NODES,
+            *apply.NODES,
+            *micro.NODES,
+        ]
+
+
+async def comfy_entrypoint() -> InfiniteIDExtension:
+    """Called by ComfyUI once, when the pack is loaded."""
+    return InfiniteIDExtension()

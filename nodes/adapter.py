@@ -1,0 +1,44 @@
+"""Loading an adapter."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..microworld import files as micro_files
+from . import folders
+
+EMBEDDED = "microworld (embedded)"
+Adapter = io.Custom("INFINITE_ID_ADAPTER")
+
+
+class InfiniteIDAdapterLoader(io.ComfyNode):
+    """An adapter file from ``models/infinite_id``, or the embedded one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfiniteIDAdapterLoader",
+            display_name="Infinite-ID Load Adapter",
+            category="Infinite-ID",
+            description="Loads the trained part of Infinite-ID from models/infinite_id.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[EMBEDDED, *folders.adapter_files()],
+                    tooltip="An adapter file (.safetensors) in models/infinite_id. "
+                    f"'{EMBEDDED}' goes with the Micro Model node.",
+                ),
+            ],
+            outputs=[Adapter.Output(display_name="adapter")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        from ..infinite_id_core.host_comfyui import LoadedAdapter, load_adapter
+
+        if file != EMBEDDED:
+            return io.NodeOutput(load_adapter(folders.adapter_path(file)))
+        return io.NodeOutput(LoadedAdapter(micro_files.load_adapter()))
+
+
+NODES: list[type[io.ComfyNode]] = [InfiniteIDAdapterLoader]

@@ -1,0 +1,134 @@
+"""The model patcher: mixed attention and AdaIN-mean on ComfyUI's SDXL."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..infinite_id_core.attention import MAX_STRENGTH, MIXING, STYLE, TEXT_STREAM, StreamOptions
+from .adapter import Adapter
+from .identity import IdentityType
+
+
+class InfiniteIDApply(io.ComfyNode):
+    """Lets an identity speak in a model; chain several for several people."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfiniteIDApply",
+            display_name="Infinite-ID Apply",
+            category="Infinite-ID",
+            description="Makes the model paint this person while it follows the prompt. "
+            "Chain several, each with a mask, for several people.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SDXL model, or one that has an identity."),
+                Adapter.Input("adapter", tooltip="From Infinite-ID Load Adapter."),
+                IdentityType.Input("identity", tooltip="Who: from Encode, Load Identity or Mix."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=MAX_STRENGTH,
+                    step=0.05,
+                    tooltip="How strongly the identity speaks. 0 leaves the model as it was.",
+                ),
+                io.Combo.Input(
+                    "mixing",
+                    options=list(MIXING),
+                    default="mixed",
+                    tooltip="How the person's picture reads the prompt's picture in self-attention: "
+                    "both (mixed, the paper), only the prompt's (mutual), not at all (off).",
+                ),
+                io.Combo.Input(
+                    "style",
+                    options=list(STYLE),
+                    default="adain_mean",
+                    tooltip="Alignment with the prompt's style: mean only (adain_mean, keeps the "
+                    "face best), mean and deviation (adain, stronger), none (off, for photos).",
+                ),
+                io.Float.Input(
+                    "style_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How far to go with the alignment: 0 none, 1 all the way.",
+                ),
+                io.Boolean.Input(
+                    "merge_text",
+                    default=True,
+                    tooltip="Let the prompt speak in the person's picture as well. Off makes the "
+                    "prompt weaker.",
+                ),
+                io.Combo.Input(
+                    "text_stream",
+                    options=list(TEXT_STREAM),
+                    default="own",
+                    tooltip="The prompt's picture: painted on its own from the same noise (own), "
+                    "or read from the person's picture at each step (shared).",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the identity begins to speak, as a part of the sampling.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the identity stops speaking. Ending early is faster.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture this person is. Nothing connected: everywhere.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        adapter,
+        identity,
+        strength,
+        mixing,
+        style,
+        style_strength,
+        merge_text,
+        text_stream,
+        start_percent,
+        end_percent,
+        mask=None,
+    ) -> io.NodeOutput:
+        from ..infinite_id_core.host_comfyui import apply_identity
+
+        options = StreamOptions(
+            mixing=mixing,
+            style=style,
+            style_strength=style_strength,
+            merge_text=merge_text,
+            text_stream=text_stream,
+        )
+        return io.NodeOutput(
+            apply_identity(
+                model,
+                adapter,
+                identity,
+                strength=strength,
+                options=options,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                mask=mask,
+            )
+        )
+
+
+NODES: list[type[io.ComfyNode]] = [InfiniteIDApply]
