@@ -56,8 +56,8 @@ def unet_state_dict(reference: Mapping[str, torch.Tensor], seed: int = 0) -> Wei
     state = seeded_state_dict(reference, seed)
     for name, tensor in state.items():
         # The ends of residual branches: small, as training would begin from zero.
-        if name.endswith(("out_layers.3.weight", "proj_out.weight", "to_out.0.weight")):
-            tensor.mul_(0.3)
+        if name.endswith(("out_layers.3.weight", "proj_out.weight")):
+            tensor.mul_(0.5)
     first, last = state["input_blocks.0.0.weight"], state["out.2.weight"]
     last_block = max(int(name.split(".")[1]) for name in state if name.startswith("output_blocks"))
     skip = state[f"output_blocks.{last_block}.0.skip_connection.weight"]
