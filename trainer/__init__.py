@@ -1,0 +1,1 @@
+"""How the weights are made: ``python -m trainer prepare | train | inspect | convert | ...``."""

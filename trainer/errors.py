@@ -1,0 +1,90 @@
+"""What can go wrong while data is prepared and weights are made, by name."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infinite_id_core.errors import FileError, InfiniteIDError
+
+# --- data ------------------------------------------------------------------------------------
+
+
+class DataError(InfiniteIDError):
+    """Something about the training data."""
+
+
+class InputKindError(DataError):
+    """The input is none of: a folder per person, a heap of photos, WebDataset shards."""
+
+
+class NoFacesError(DataError):
+    """Not one photo has a usable face; the message counts why each was left out."""
+
+
+class NoPairsError(DataError):
+    """No person has two usable photos; the message counts what is missing."""
+
+
+class FilterError(DataError):
+    """The filters leave nothing to train on; the message says which one removed how much."""
+
+
+class DatasetError(FileError):
+    """A folder is not a finished, sound dataset of this project."""
+
+
+class ShardDamagedError(FileError):
+    """A shard does not hold what the index says it holds."""
+
+
+class BusyError(FileError):
+    """Another process is writing to the same folder."""
+
+
+class DiskFullError(FileError):
+    """No room left on the disk. Nothing half-written was kept."""
+
+
+class UnreadableError(FileError):
+    """The system refuses to read a file or folder."""
+
+
+class EngineError(InfiniteIDError):
+    """The engine lost a worker; finished parts are kept and the same command goes on."""
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+class UnsafePickleError(FileError):
+    """A pickle asks for more than tensors. It was not loaded and nothing of it ran."""
+
+
+class UnknownFileError(FileError):
+    """A file of no kind this project knows."""
+
+
+class NotConvertibleError(FileError):
+    """A pickle of tensors, but not those of an adapter or an identity."""
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn the system's "no space left" into ``DiskFullError`` with the path."""
+    try:
+        yield
+    except OSError as error:
+        # Arrow reports a full disk as an OSError without errno on some systems.
+        if error.errno in _FULL or "No space left" in str(error):
+            raise DiskFullError(
+                path,
+                "the disk is full; nothing half-written was kept. Free some space and run the "
+                "same command again: finished parts are not done twice.",
+            ) from error
+        raise

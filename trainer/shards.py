@@ -1,0 +1,195 @@
+"""Identity-contiguous WebDataset tars: how they are written and read.
+
+A sample is the consecutive members of one key:
+
+- ``<key>.jpg`` (or ``.png``, ``.webp``): the photo, as its original bytes or re-encoded once;
+- ``<key>.face.npy``: the raw face embedding, ``[512]`` float32;
+- ``<key>.json``: identity, box, landmarks, source, licence, caption;
+- ``<key>.txt``: the caption, where there is one.
+
+All photos of one identity stand one after another in one shard, so a pair never crosses shards.
+The bytes depend on the contents only: USTAR, no times, no owners. ``data_index.py`` knows where
+each member starts, so a photo is read by one seek; the ``webdataset`` library reads the same
+files as a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from infinite_id_core.identity import FACE_WIDTH
+
+from .errors import DatasetError, ShardDamagedError
+
+Embedding = NDArray[np.float32]
+
+SHARDS = "shards"
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_OPEN_SHARDS = 16
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where a sample's members start in their shard, in bytes."""
+
+    offset: int
+    size: int
+    face_offset: int
+
+
+class ShardWriter:
+    """Writes one shard to an open binary file; the same samples always give the same bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def add(
+        self, key: str, photo: bytes, extension: str, face: Embedding, record: dict[str, Any]
+    ) -> Placed:
+        """Append one sample. ``face [512]`` float32, ``record`` becomes ``<key>.json``."""
+        offset = self._member(f"{key}.{extension}", photo)
+        face_offset = self._member(f"{key}.face.npy", _npy(face))
+        text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+        self._member(f"{key}.json", text.encode())
+        if record.get("caption"):
+            self._member(f"{key}.txt", record["caption"].encode())
+        return Placed(offset=offset, size=len(photo), face_offset=face_offset)
+
+    def close(self) -> None:
+        """Write the end-of-archive marker."""
+        self._tar.close()
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        self._tar.addfile(info, io.BytesIO(data))
+        blocks = -(-len(data) // tarfile.BLOCKSIZE)
+        return int(self._tar.offset) - blocks * tarfile.BLOCKSIZE
+
+
+def _npy(face: Embedding) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(face, dtype="<f4"), allow_pickle=False)
+    return buffer.getvalue()
+
+
+_NPY_HEADER = len(_npy(np.zeros(FACE_WIDTH, np.float32))) - 4 * FACE_WIDTH
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Random access to the members of a folder's shards.
+
+    Safe in threads, after ``fork`` and through pickle: each process opens its own files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """``folder``: the dataset's folder (the one that holds ``index.parquet``)."""
+        self._folder = Path(folder) / SHARDS
+        self._reset()
+
+    def photo(self, shard: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+        """The photo's bytes, checked against ``sha256`` if given.
+
+        Raises ``ShardDamagedError``, ``DatasetError`` where the shard is missing.
+        """
+        data = self._read(shard, offset, size)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ShardDamagedError(
+                self._folder / shard,
+                f"the photo at byte {offset} is not the one the index names. {_AGAIN}",
+            )
+        return data
+
+    def face(self, shard: str, face_offset: int) -> Embedding:
+        """The raw face embedding, ``[512]`` float32. Raises as ``photo`` does."""
+        data = self._read(shard, face_offset, _NPY_HEADER + 4 * FACE_WIDTH)
+        face = np.frombuffer(data, "<f4", offset=_NPY_HEADER).astype(np.float32)
+        if data[:6] != b"\x93NUMPY" or not np.isfinite(face).all():
+            raise ShardDamagedError(
+                self._folder / shard, f"no face embedding at byte {face_offset}. {_AGAIN}"
+            )
+        return face
+
+    def _read(self, shard: str, offset: int, size: int) -> bytes:
+        if self._pid != os.getpid():  # a forked worker must not share file positions
+            self._reset()
+        with self._lock:
+            file = self._file(shard)
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise ShardDamagedError(
+                self._folder / shard, f"ends before byte {offset + size}. {_AGAIN}"
+            )
+        return data
+
+    def _file(self, shard: str) -> BinaryIO:
+        file = self._files.pop(shard, None)
+        if file is None:
+            if len(self._files) >= _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            try:
+                file = (self._folder / shard).open("rb")
+            except FileNotFoundError as error:
+                raise DatasetError(
+                    self._folder / shard, f"the index names this shard and it is gone. {_AGAIN}"
+                ) from error
+        self._files[shard] = file
+        return file
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+_AGAIN = "Run 'python -m trainer prepare' again with the same input; it rewrites what is wrong."
+
+
+def decode_photo(data: bytes) -> Image.Image:
+    """A stored photo as an upright RGB picture; transparency is laid over white.
+
+    Boxes and landmarks of the index are in this picture's pixels.
+    """
+    return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode as RGB: 16-bit grey is scaled, palettes resolved, alpha laid over white."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 255.0 if values.max(initial=0.0) <= 255.0 else 65535.0
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        under = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(under, image)
+    return image.convert("RGB")
