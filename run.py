@@ -1,0 +1,352 @@
+#!/usr/bin/env python3
+"""Run Infinite-ID without setting anything up first.
+
+    python run.py demo     a picture from a live ComfyUI, made with the embedded default models
+    python run.py test     all tests; arguments go to pytest
+    python run.py setup    only what both need: the virtual environment and ComfyUI
+
+Standard library only. What is missing is made (.venv beside this file) or cloned (ComfyUI, into
+the user's cache folder); what is there is used, and a second run starts in about a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+LOCK = ROOT / "requirements.lock"
+STAMP = VENV / "infinite-id.stamp"
+UNFINISHED = VENV / "infinite-id.unfinished"
+
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)  # what requirements.lock has wheels for
+
+COMFYUI_URL = "https://github.com/comfyanonymous/ComfyUI"
+COMFYUI_RELEASE = "0.3.64"  # requirements.lock holds this release's requirements
+ROOM_NEEDED = 9 * 2**30  # bytes; torch with CUDA's libraries is most of it (Linux)
+
+
+class SetupError(Exception):
+    """Something the set-up needs is missing; the message says what to do."""
+
+
+class HostError(SetupError):
+    """ComfyUI is not where it was said to be, or cannot be had."""
+
+
+def say(text: str) -> None:
+    print(f"[infinite-id] {text}", file=sys.stderr, flush=True)
+
+
+# -- ComfyUI ---------------------------------------------------------------------------------------
+
+
+def is_comfyui(folder: Path) -> bool:
+    return (folder / "comfy").is_dir() and (folder / "main.py").is_file()
+
+
+def comfyui_version(folder: Path) -> str:
+    """The release a ComfyUI folder holds, or 'unknown'."""
+    with contextlib.suppress(OSError):
+        for line in (folder / "comfyui_version.py").read_text(encoding="utf-8").splitlines():
+            if line.startswith("__version__"):
+                return line.split("=", 1)[1].strip().strip("\"'")
+    return "unknown"
+
+
+def cache_folder() -> Path:
+    """Where this platform keeps what a program can make again."""
+    home = Path.home()
+    if os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "infinite-id"
+
+
+def cached_host() -> Path:
+    return cache_folder() / f"ComfyUI-{COMFYUI_RELEASE}"
+
+
+def find_host() -> Path | None:
+    """ComfyUI's folder: $COMFYUI_PATH, else the one we are installed in, else the usual places.
+
+    Raises:
+        HostError: COMFYUI_PATH is set, and no ComfyUI is there.
+    """
+    named = os.environ.get("COMFYUI_PATH")
+    if named:
+        folder = Path(named).expanduser().resolve()
+        if not folder.is_dir():
+            raise HostError(f"COMFYUI_PATH is {folder}: no such folder.")
+        if not is_comfyui(folder):
+            raise HostError(
+                f"COMFYUI_PATH is {folder}, which is not a ComfyUI: "
+                "it has to hold the folder comfy and the file main.py."
+            )
+        return folder
+    candidates = [Path.home() / "comfy" / "ComfyUI", cached_host()]
+    if ROOT.parent.name == "custom_nodes":
+        candidates.insert(0, ROOT.parent.parent)
+    for folder in candidates:
+        if is_comfyui(folder):
+            return folder
+        if folder.is_dir():
+            say(
+                f"{folder} is not a ComfyUI (no folder comfy with a main.py beside it): passed over"
+            )
+    return None
+
+
+def clone_host() -> Path:
+    """Clone the pinned ComfyUI release into the cache folder; whole or not at all.
+
+    Raises:
+        HostError: no git, no network, or the folder is taken by something else.
+    """
+    target = cached_host()
+    if target.exists() and not is_comfyui(target):
+        raise HostError(f"{target} is in the way: it is not a ComfyUI. Remove it and run again.")
+    if shutil.which("git") is None:
+        raise HostError(
+            "ComfyUI was not found, and git, which would fetch it, is not installed. "
+            "Install git, or set COMFYUI_PATH to a ComfyUI folder."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    say(f"cloning ComfyUI {COMFYUI_RELEASE} into {target} (about 60 MB)")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="clone-") as folder:
+        fresh = Path(folder) / "ComfyUI"
+        command = ["git", "-c", "advice.detachedHead=false"]
+        # A network that swallows packets would hang for ever.
+        command += ["-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30"]
+        command += ["clone", "--depth", "1", "--branch", f"v{COMFYUI_RELEASE}", "--progress"]
+        done = subprocess.run(
+            [*command, COMFYUI_URL, str(fresh)],
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+            check=False,
+        )
+        if done.returncode != 0 or not is_comfyui(fresh):
+            raise HostError(
+                f"ComfyUI was not found, and cloning {COMFYUI_URL} failed (git's exit code "
+                f"{done.returncode}). With a network, run again; or set COMFYUI_PATH to a "
+                "ComfyUI folder."
+            )
+        try:
+            fresh.rename(target)
+        except OSError:
+            if not is_comfyui(target):  # else another run of ours was first
+                raise
+    return target
+
+
+def have_host() -> Path:
+    """Find ComfyUI or clone it.
+
+    Raises:
+        HostError: neither worked.
+    """
+    return find_host() or clone_host()
+
+
+# -- The virtual environment -----------------------------------------------------------------------
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def check_python() -> None:
+    """Raises SetupError where no torch of the lock exists for this interpreter or machine."""
+    here = sys.version_info[:2]
+    if not OLDEST_PYTHON <= here <= NEWEST_PYTHON:
+        wanted = f"{OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} to {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}"
+        raise SetupError(
+            f"Python {here[0]}.{here[1]} runs this, and requirements.lock is for Python {wanted}. "
+            "Start run.py with one of those."
+        )
+    if sys.platform == "darwin" and platform.machine() == "x86_64":
+        raise SetupError("torch is no longer made for Macs with Intel processors.")
+
+
+def install_files(host: Path | None) -> list[Path]:
+    """What pip installs from: the lock, and the host's own list where it is another release."""
+    files = [LOCK]
+    if host is not None and comfyui_version(host) != COMFYUI_RELEASE:
+        files.append(host / "requirements.txt")
+    return [file for file in files if file.is_file()]
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Changes with the venv's Python, with the lock, and with a foreign host's requirements."""
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError):
+        digest.update((VENV / "pyvenv.cfg").read_bytes())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def venv_works() -> bool:
+    """Whether the environment's Python starts, is of a fitting version and has pip."""
+    if not venv_python().exists() or UNFINISHED.exists():
+        return False
+    code = (
+        f"import sys, pip; sys.exit(not {OLDEST_PYTHON} <= sys.version_info[:2] <= {NEWEST_PYTHON})"
+    )
+    try:
+        done = subprocess.run([str(venv_python()), "-c", code], capture_output=True, check=False)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def ensure_venv(host: Path | None) -> Path:
+    """Make .venv hold exactly what the lock says; returns its Python.
+
+    A stamp names what was installed; a mark stands while pip works, so that an installation that
+    was killed is made anew and never taken for a whole one.
+
+    Raises:
+        SetupError: no fitting Python, or pip failed.
+    """
+    files = install_files(host)
+    whole = venv_python().exists() and not UNFINISHED.exists() and STAMP.is_file()
+    if whole and STAMP.read_text(encoding="utf-8") == fingerprint(files):
+        return venv_python()
+    if not venv_works():
+        make_venv()
+    STAMP.unlink(missing_ok=True)
+    UNFINISHED.touch()
+    for file in files:
+        say(f"installing {file} (the first time 2 to 5 minutes and several GB)")
+        pip("install", "--disable-pip-version-check", "--requirement", str(file))
+    STAMP.write_text(fingerprint(files), encoding="utf-8")
+    UNFINISHED.unlink()
+    return venv_python()
+
+
+def make_venv() -> None:
+    check_python()
+    free = shutil.disk_usage(ROOT).free
+    if sys.platform == "linux" and free < ROOM_NEEDED:
+        say(f"only {free / 2**30:.1f} GB are free here; the environment takes about 7")
+    say(f"making the virtual environment {VENV}")
+    done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
+    if done.returncode != 0:
+        raise SetupError(
+            f"'{sys.executable} -m venv' failed. On Debian and Ubuntu: apt install python3-venv."
+        )
+
+
+def pip(*arguments: str) -> None:
+    done = subprocess.run([str(venv_python()), "-m", "pip", *arguments], check=False)
+    if done.returncode != 0:
+        raise SetupError(
+            f"pip failed (exit code {done.returncode}); what it said is above. "
+            "Run again once that is mended: the installation then starts afresh."
+        )
+
+
+# -- The verbs -------------------------------------------------------------------------------------
+
+
+def run_child(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a program to its end; Ctrl-C and SIGTERM end it in its own way, and we wait for that."""
+    child = subprocess.Popen(command, cwd=ROOT, env=environment)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the child as well
+            continue
+
+
+def setup() -> int:
+    host = have_host()
+    ensure_venv(host)
+    say(f"ready: ComfyUI {comfyui_version(host)} in {host}, Python in {VENV}")
+    return 0
+
+
+def test(pytest_arguments: Sequence[str]) -> int:
+    environment = dict(os.environ)
+    host: Path | None = None
+    try:
+        host = have_host()
+        environment["COMFYUI_PATH"] = str(host)
+    except HostError as error:
+        if os.environ.get("INFINITE_ID_REQUIRE_HOST") == "1":
+            raise
+        say(f"{error} Host and server tests will be skipped.")
+        environment.pop("COMFYUI_PATH", None)
+        environment["INFINITE_ID_HOST_MISSING"] = str(error)
+    python = ensure_venv(host)
+    # Paths stay relative to where the user is; options alone mean "all tests, with these".
+    arguments = [str(Path(a).resolve()) if Path(a).exists() else a for a in pytest_arguments]
+    return run_child([str(python), "-m", "pytest", *arguments], environment)
+
+
+def demo(options: argparse.Namespace) -> int:
+    if options.reference is not None and not options.reference.is_file():
+        raise SetupError(f"--reference {options.reference}: no such file.")
+    host = have_host()
+    python = ensure_venv(host)
+    command = [str(python), "-m", "tools.demo", "--host", str(host)]
+    for name in ("reference", "prompt", "style", "seed", "output", "port"):
+        value = getattr(options, name)
+        if value is not None:
+            command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+    return run_child(command, dict(os.environ))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="run.py", description="Infinite-ID for ComfyUI: demo and tests, set-up included."
+    )
+    verbs = made.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("setup", help="make .venv and find or clone ComfyUI, nothing else")
+    # Its arguments are pytest's: main() splits them off before argparse sees them.
+    verbs.add_parser("test", help="run all tests; further arguments go to pytest", add_help=False)
+    shown = verbs.add_parser("demo", help="one picture from a live ComfyUI")
+    shown.add_argument("--reference", type=Path, metavar="FILE", help="a photo of one person")
+    shown.add_argument("--prompt", metavar="TEXT", help="what the picture should show")
+    shown.add_argument("--style", metavar="NAME", help="one of tools/styles.json")
+    shown.add_argument("--seed", type=int, metavar="N", help="another picture of the same person")
+    shown.add_argument(
+        "--output", type=Path, metavar="DIR", default=ROOT / "output", help="default: output/"
+    )
+    shown.add_argument("--port", type=int, metavar="N", help="ComfyUI's port; default: a free one")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    if sys.version_info < OLDEST_PYTHON:
+        check_python()
+    if arguments[:1] == ["test"]:
+        return test(arguments[1:])
+    options = parser().parse_args(arguments)
+    return setup() if options.verb == "setup" else demo(options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SetupError as problem:
+        say(f"{type(problem).__name__}: {problem}")
+        sys.exit(3)
+    except KeyboardInterrupt:
+        sys.exit(130)

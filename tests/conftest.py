@@ -1,0 +1,130 @@
+"""Test set-up shared by all three layers: where the host is, and what to say where it is not."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+HOST_LAYERS = ("host", "server")
+
+# At the END: ComfyUI has a top-level module `nodes`, and ours must never hide it.
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+# Nothing is downloaded by a test, whatever library would like to.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+
+def _load_run() -> ModuleType:
+    """run.py by its path: it holds the one finder of the host."""
+    spec = importlib.util.spec_from_file_location("infinite_id_run", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find_host() -> tuple[Path | None, str]:
+    """The host's folder, or None and the reason."""
+    run = _load_run()
+    reason = os.environ.get("INFINITE_ID_HOST_MISSING")  # run.py has already tried to clone it
+    if reason:
+        return None, reason
+    try:
+        host = run.find_host()
+    except run.HostError as error:
+        return None, str(error)
+    if host is None:
+        return None, "no ComfyUI found; set COMFYUI_PATH to its folder"
+    return host, ""
+
+
+HOST, HOST_MISSING = _find_host()
+if HOST is not None:
+    os.environ["COMFYUI_PATH"] = str(HOST)  # for tests/host and tests/server, and their children
+
+
+class RootIsNoPackage:
+    """Keeps pytest from importing the pack's `__init__.py` as a test package."""
+
+    @pytest.hookimpl
+    def pytest_collect_directory(
+        self, path: Path, parent: pytest.Collector
+    ) -> pytest.Collector | None:
+        if path == ROOT:
+            directory: pytest.Collector = pytest.Dir.from_parent(parent, path=path)
+            return directory
+        return None
+
+
+class UnreadModule(pytest.File):
+    """A host test file where there is no host: its tests are named without importing it."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+                yield SkippedTest.from_parent(self, name=node.name)
+
+
+class SkippedTest(pytest.Item):
+    """One test that cannot run without the host."""
+
+    def setup(self) -> NoReturn:
+        pytest.skip(f"no ComfyUI: {HOST_MISSING}")
+
+    def runtest(self) -> None:  # pragma: no cover - setup always skips
+        raise AssertionError("unreachable")
+
+
+def _layer(path: Path) -> str | None:
+    """'host' or 'server' for a file of that layer, else None."""
+    try:
+        first = path.relative_to(TESTS).parts[0]
+    except (ValueError, IndexError):
+        return None
+    return first if first in HOST_LAYERS else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsNoPackage(), "root-is-no-package")
+    if HOST is None and os.environ.get("INFINITE_ID_REQUIRE_HOST") == "1":
+        raise pytest.UsageError(f"INFINITE_ID_REQUIRE_HOST=1 and no ComfyUI: {HOST_MISSING}")
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Collector | None:
+    if HOST is None and _layer(module_path):
+        unread: pytest.Collector = UnreadModule.from_parent(parent, path=module_path)
+        return unread
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        layer = _layer(item.path)
+        if layer:
+            item.add_marker(layer)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if HOST is not None:
+        terminalreporter.write_line(f"ComfyUI: {HOST}")
+        return
+    skipped = [r for r in terminalreporter.getreports("skipped") if _layer(TESTS.parent / r.fspath)]
+    terminalreporter.write_line(
+        f"{len(skipped)} host and server tests were SKIPPED: {HOST_MISSING}", yellow=True, bold=True
+    )

@@ -1,0 +1,87 @@
+"""Real ComfyUI inside the test process, on the CPU, with a base directory of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import importlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tools.comfy_live import PACK_FOLDER, copy_pack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _enter_host(host: Path) -> Path:
+    """Make ComfyUI importable as its main.py does; returns the base directory it was given.
+
+    ComfyUI reads its command line at import, so the arguments must be in place before any of its
+    modules is touched. The base directory keeps tests out of the user's models and outputs.
+    """
+    base = Path(tempfile.mkdtemp(prefix="infinite-id-host-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+        (base / name).mkdir()
+    if str(host) in sys.path:
+        sys.path.remove(str(host))
+    sys.path.insert(0, str(host))  # first: `nodes`, `utils` and `server` must be ComfyUI's
+    argv = sys.argv
+    sys.argv = [str(host / "main.py"), "--cpu", "--base-directory", str(base)]
+    try:
+        importlib.import_module("comfy.options").enable_args_parsing()
+        importlib.import_module("comfy.cli_args")
+        importlib.import_module("folder_paths")
+    finally:
+        sys.argv = argv
+    return base
+
+
+# Where there is no host, tests/conftest.py has replaced every test here by a skip.
+_HOST = os.environ.get("COMFYUI_PATH")
+_BASE = _enter_host(Path(_HOST)) if _HOST else None
+
+
+@pytest.fixture(scope="session")
+def comfy_base() -> Path:
+    """The base directory of the in-process host: models/, input/, output/, custom_nodes/."""
+    assert _BASE is not None
+    return _BASE
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_base: Path) -> Iterator[ModuleType]:
+    """This repository, loaded by ComfyUI's own loader from a folder in custom_nodes.
+
+    Submodules are attributes (`pack.infinite_id_core.attention`), and the nodes stand in ComfyUI's
+    `nodes.NODE_CLASS_MAPPINGS`. Import the core through `pack` here, never by its top-level name:
+    the two would be different modules with different classes.
+    """
+    folder = copy_pack(ROOT, comfy_base / "custom_nodes" / PACK_FOLDER)
+    host_nodes = importlib.import_module("nodes")
+    kept = _Kept()
+    logging.getLogger().addHandler(kept)
+    try:
+        loaded = asyncio.run(host_nodes.load_custom_node(str(folder)))
+    finally:
+        logging.getLogger().removeHandler(kept)
+    if not loaded:
+        pytest.fail("ComfyUI did not load the pack:\n" + "\n".join(kept.lines))
+    yield sys.modules[str(folder).replace(".", "_x_")]

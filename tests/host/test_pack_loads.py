@@ -1,0 +1,66 @@
+"""ComfyUI's own loader takes the pack, with every node, and nothing heavy comes along."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tools.node_ids import NODE_IDS
+
+HEAVY = ("insightface", "onnxruntime", "open_clip", "cv2", "diffusers")
+
+# What main.py does before it loads packs, then the pack, then what it brought along.
+IMPORT_PACK = """
+import asyncio, sys
+host, base, pack, *heavy = sys.argv[1:]
+sys.path.insert(0, host)
+sys.argv = ["main.py", "--cpu", "--base-directory", base]
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes
+before = set(sys.modules)
+assert asyncio.run(nodes.load_custom_node(pack)), "not loaded"
+assert "InfiniteIDApply" in nodes.NODE_CLASS_MAPPINGS
+print("HEAVY:", *sorted((set(sys.modules) - before) & set(heavy)))
+"""
+
+
+def test_every_node_registers(pack: ModuleType) -> None:
+    mappings = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    missing = [node_id for node_id in NODE_IDS if node_id not in mappings]
+    assert missing == []
+
+
+def test_entry_point_is_v3_only(pack: ModuleType) -> None:
+    # ComfyUI looks for the V1 name first, and then never calls the V3 entry point.
+    assert callable(pack.comfy_entrypoint)
+    assert not hasattr(pack, "NODE_CLASS_MAPPINGS")
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_schema_is_valid(pack: ModuleType, node_id: str) -> None:
+    node = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node_id]
+    schema = node.GET_SCHEMA()  # ComfyUI validates ids and inputs here
+    assert schema.node_id == node_id
+    assert schema.category.split("/")[0] == "Infinite-ID"
+
+
+def test_heavy_libraries_stay_out(pack: ModuleType, comfy_base: Path) -> None:
+    folder = Path(pack.__file__ or "").parent
+    places = [os.environ["COMFYUI_PATH"], str(comfy_base), str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_PACK, *places, *HEAVY],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY:"]

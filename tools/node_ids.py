@@ -1,0 +1,14 @@
+"""The node ids that files and workflows of other people depend on: none may ever vanish."""
+
+NODE_IDS = (
+    "InfiniteIDFaceModelLoader",
+    "InfiniteIDAlignFace",
+    "InfiniteIDEncode",
+    "InfiniteIDOpenClipLoader",
+    "InfiniteIDMix",
+    "InfiniteIDSaveIdentity",
+    "InfiniteIDLoadIdentity",
+    "InfiniteIDAdapterLoader",
+    "InfiniteIDApply",
+    "InfiniteIDMicroModel",
+)
