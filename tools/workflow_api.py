@@ -71,11 +71,6 @@ def to_api(graph: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]
     return _Converter(graph, object_info).convert()
 
 
-def is_api(graph: dict[str, Any]) -> bool:
-    """Whether this is an API prompt already."""
-    return bool(graph) and all(isinstance(v, dict) and "class_type" in v for v in graph.values())
-
-
 class _Converter:
     def __init__(self, graph: dict[str, Any], object_info: dict[str, Any]) -> None:
         if not isinstance(graph.get("nodes"), list) or not isinstance(graph.get("links"), list):
