@@ -81,6 +81,10 @@ class NotFiniteError(FileError):
     """A tensor holds NaN or infinity."""
 
 
+class NameTakenError(FileError):
+    """A file of this name is there already, and was not to be replaced."""
+
+
 class NameNotAllowedError(InfiniteIDError, ValueError):
     """A file name that is empty, reserved or would leave its folder."""
 

@@ -34,3 +34,6 @@ class InfiniteIDMicroModel(io.ComfyNode):
         return io.NodeOutput(
             comfy_models.load_unet(), comfy_models.load_clip(), comfy_models.load_vae()
         )
+
+
+NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel]

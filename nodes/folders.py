@@ -1,0 +1,115 @@
+"""Where the pack's files live, in ComfyUI's own registry of model folders.
+
+The default folder and every folder a user's yaml adds are both searched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import folder_paths
+
+from ..infinite_id_core.errors import FileMissingError, NameNotAllowedError
+
+ADAPTERS = "infinite_id"
+IDENTITIES = "infinite_id_identities"
+INSIGHTFACE = "insightface"
+CLIP_VISION = "clip_vision"
+
+_EXTENSIONS = {
+    ADAPTERS: {".safetensors"},
+    IDENTITIES: {".safetensors"},
+    INSIGHTFACE: {".onnx"},
+}
+
+
+def register() -> None:
+    """Add the pack's folders to ComfyUI's registry; safe to call more than once."""
+    for kind, extensions in _EXTENSIONS.items():
+        paths, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        default = str(Path(folder_paths.models_dir) / kind)
+        # A folder that only yaml (or add_model_folder_path) named has an empty extension set,
+        # which ComfyUI takes for "every file".
+        folder_paths.folder_names_and_paths[kind] = (
+            [*paths, *([] if default in paths else [default])],
+            set(known) | extensions,
+        )
+
+
+def adapter_files() -> list[str]:
+    """Names of the adapter files there are."""
+    return _files(ADAPTERS)
+
+
+def adapter_path(name: str) -> Path:
+    """Path of an adapter file. Raises ``FileMissingError`` or ``NameNotAllowedError``."""
+    return _find(ADAPTERS, name)
+
+
+def identity_files() -> list[str]:
+    """Names of the identity files there are."""
+    return _files(IDENTITIES)
+
+
+def identity_path(name: str) -> Path:
+    """Path of an identity file. Raises ``FileMissingError`` or ``NameNotAllowedError``."""
+    return _find(IDENTITIES, name)
+
+
+def identity_folder() -> Path:
+    """Where new identities are written: the first folder of their kind."""
+    register()
+    return Path(folder_paths.get_folder_paths(IDENTITIES)[0])
+
+
+def clip_vision_files() -> list[str]:
+    """Names of the safetensors files in the clip_vision folders."""
+    return [n for n in folder_paths.get_filename_list(CLIP_VISION) if n.endswith(".safetensors")]
+
+
+def clip_vision_path(name: str) -> Path:
+    """Path of an image encoder's file. Raises ``FileMissingError`` or ``NameNotAllowedError``."""
+    return _find(CLIP_VISION, name)
+
+
+def insightface_roots() -> list[Path]:
+    """Folders that hold ``models/<pack>/*.onnx``."""
+    register()
+    paths = [Path(p) for p in folder_paths.get_folder_paths(INSIGHTFACE)]
+    # A yaml line may name the `models` folder itself.
+    roots = [p.parent if p.name == "models" else p for p in paths]
+    return list(dict.fromkeys(roots))
+
+
+def face_packs() -> list[str]:
+    """Names of the face model packs in any of the insightface folders."""
+    found = (
+        pack.name
+        for root in insightface_roots()
+        if (root / "models").is_dir()
+        for pack in (root / "models").iterdir()
+        if pack.is_dir() and not pack.name.startswith(".") and any(pack.rglob("*.onnx"))
+    )
+    return sorted(set(found))
+
+
+def _files(kind: str) -> list[str]:
+    register()
+    return list(folder_paths.get_filename_list(kind))
+
+
+def _find(kind: str, name: str) -> Path:
+    """A file of this kind by its name as ComfyUI lists it; subfolders of the folder are fine."""
+    register()
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or ".." in parts or ":" in name or name.startswith(("/", "\\", "~")):
+        raise NameNotAllowedError(
+            f"Expected the name of a file in the folder {kind}, got {name!r}. Choose one from the "
+            "list; paths that leave the folder are not followed."
+        )
+    folders = [Path(p) for p in folder_paths.get_folder_paths(kind)]
+    for folder in folders:
+        if folder.joinpath(*parts).is_file():
+            return folder.joinpath(*parts)
+    searched = "; ".join(str(folder) for folder in folders)
+    raise FileMissingError(name, f"no such file. Searched: {searched}.")
