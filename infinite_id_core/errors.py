@@ -24,6 +24,9 @@ class FileError(InfiniteIDError):
         self.path = Path(path)
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[FileError], tuple[Path, str]]:
+        return type(self), (self.path, self.problem)  # errors cross process borders
+
 
 class FileMissingError(FileError):
     """The file, or the folder it should be in, does not exist."""
