@@ -2,7 +2,7 @@
 """Run Infinite-ID without setting anything up first.
 
     python run.py demo     a picture from a live ComfyUI, made with the embedded default models
-    python run.py test     all tests; arguments go to pytest
+    python run.py test     all tests; arguments go to pytest (paths from the repository's root)
     python run.py setup    only what both need: the virtual environment and ComfyUI
 
 Standard library only. What is missing is made (.venv beside this file) or cloned (ComfyUI, into
@@ -132,7 +132,7 @@ def clone_host() -> Path:
         command = ["git", "-c", "advice.detachedHead=false"]
         # A network that swallows packets would hang for ever.
         command += ["-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30"]
-        command += ["clone", "--depth", "1", "--branch", f"v{COMFYUI_RELEASE}", "--progress"]
+        command += ["clone", "--depth", "1", "--branch", f"v{COMFYUI_RELEASE}"]
         done = subprocess.run(
             [*command, COMFYUI_URL, str(fresh)],
             env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
@@ -199,18 +199,14 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def venv_works() -> bool:
-    """Whether the environment's Python starts, is of a fitting version and has pip."""
-    if not venv_python().exists() or UNFINISHED.exists():
-        return False
-    code = (
-        f"import sys, pip; sys.exit(not {OLDEST_PYTHON} <= sys.version_info[:2] <= {NEWEST_PYTHON})"
-    )
+def venv_starts() -> bool:
+    """Whether the environment's Python runs, is of a fitting version and has pip."""
+    fits = f"{OLDEST_PYTHON} <= sys.version_info[:2] <= {NEWEST_PYTHON}"
+    command = [str(venv_python()), "-c", f"import sys, pip; sys.exit(not {fits})"]
     try:
-        done = subprocess.run([str(venv_python()), "-c", code], capture_output=True, check=False)
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False
-    return done.returncode == 0
 
 
 def ensure_venv(host: Path | None) -> Path:
@@ -223,10 +219,10 @@ def ensure_venv(host: Path | None) -> Path:
         SetupError: no fitting Python, or pip failed.
     """
     files = install_files(host)
-    whole = venv_python().exists() and not UNFINISHED.exists() and STAMP.is_file()
-    if whole and STAMP.read_text(encoding="utf-8") == fingerprint(files):
+    begun = venv_python().exists() and not UNFINISHED.exists()
+    if begun and STAMP.is_file() and STAMP.read_text(encoding="utf-8") == fingerprint(files):
         return venv_python()
-    if not venv_works():
+    if not (begun and venv_starts()):
         make_venv()
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
@@ -295,9 +291,7 @@ def test(pytest_arguments: Sequence[str]) -> int:
         environment.pop("COMFYUI_PATH", None)
         environment["INFINITE_ID_HOST_MISSING"] = str(error)
     python = ensure_venv(host)
-    # Paths stay relative to where the user is; options alone mean "all tests, with these".
-    arguments = [str(Path(a).resolve()) if Path(a).exists() else a for a in pytest_arguments]
-    return run_child([str(python), "-m", "pytest", *arguments], environment)
+    return run_child([str(python), "-m", "pytest", *pytest_arguments], environment)
 
 
 def demo(options: argparse.Namespace) -> int:

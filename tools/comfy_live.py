@@ -24,9 +24,7 @@ import websocket
 from .workflow_api import to_api
 
 PACK_FOLDER = "infinite-id"
-_NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", ".ci", "output", "runs", "__pycache__", ".*_cache", "*.pyc"
-)
+_NOT_COPIED = frozenset({".git", ".venv", "output", "runs"})  # at the top of the repository
 _READY_TIMEOUT = 180.0  # seconds; a cold disk and a slow machine included
 _STOP_TIMEOUT = 15.0
 
@@ -110,7 +108,12 @@ def free_port() -> int:
 
 def copy_pack(source: Path, target: Path) -> Path:
     """Copy the pack as a user's custom_nodes folder would hold it; returns `target`."""
-    return Path(shutil.copytree(source, target, ignore=_NOT_COPIED))
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        made = {name for name in names if name == "__pycache__" or name.endswith("_cache")}
+        return made | (_NOT_COPIED & set(names) if Path(folder) == source else set())
+
+    return Path(shutil.copytree(source, target, ignore=ignore))
 
 
 def host_knows(host: Path, flag: str) -> bool:

@@ -144,10 +144,10 @@ def save(folder: Path, data: bytes) -> Path:
 
 def starting() -> tuple[Callable[[float], None], Callable[[], None]]:
     """A line that counts the seconds until the server answers: (tick, finish)."""
-    bar = tqdm(bar_format="starting ComfyUI: {postfix}", file=sys.stderr)
+    bar = tqdm(bar_format="{desc}", desc="starting ComfyUI", file=sys.stderr)
 
     def tick(seconds: float) -> None:
-        bar.set_postfix_str(f"{seconds:.0f} s")
+        bar.set_description_str(f"starting ComfyUI: {seconds:.0f} s")
 
     return tick, bar.close
 

@@ -1,0 +1,242 @@
+"""run.py's promises: found or told why, whole or made anew, and nothing done twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_comfyui(folder: Path, version: str = "0.3.64") -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "comfy" / "__init__.py").touch()
+    (folder / "main.py").touch()
+    (folder / "requirements.txt").write_text("torch\n", encoding="utf-8")
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """run.py as a module, with every folder it looks at under tmp_path and no ComfyUI anywhere."""
+    module = sys.modules["infinite_id_run"]  # loaded by tests/conftest.py
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    monkeypatch.setattr(module, "ROOT", repository)
+    monkeypatch.setattr(module, "VENV", repository / ".venv")
+    monkeypatch.setattr(module, "STAMP", repository / ".venv" / "stamp")
+    monkeypatch.setattr(module, "UNFINISHED", repository / ".venv" / "unfinished")
+    monkeypatch.setattr(module, "LOCK", repository / "requirements.lock")
+    module.LOCK.write_text("# nothing\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for name in ("COMFYUI_PATH", "XDG_CACHE_HOME", "LOCALAPPDATA", "INFINITE_ID_REQUIRE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.fixture
+def work(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the set-up does, as words, in place of the minutes it takes."""
+    done: list[str] = []
+
+    def make_venv() -> None:
+        done.append("venv")
+        shutil.rmtree(run.VENV, ignore_errors=True)
+        run.venv_python().parent.mkdir(parents=True)
+        run.venv_python().touch()
+        (run.VENV / "pyvenv.cfg").write_text("version = 3.11.7\n", encoding="utf-8")
+
+    monkeypatch.setattr(run, "make_venv", make_venv)
+    monkeypatch.setattr(run, "venv_starts", lambda: run.venv_python().exists())
+    monkeypatch.setattr(run, "pip", lambda *arguments: done.append(Path(arguments[-1]).name))
+    return done
+
+
+# -- the environment -------------------------------------------------------------------------------
+
+
+def test_second_run_installs_nothing(run: ModuleType, work: list[str]) -> None:
+    run.ensure_venv(None)
+    assert work == ["venv", "requirements.lock"]
+    run.ensure_venv(None)
+    assert work == ["venv", "requirements.lock"]
+
+
+def test_changed_lock_is_installed_into_the_same_venv(run: ModuleType, work: list[str]) -> None:
+    run.ensure_venv(None)
+    run.LOCK.write_text("tqdm==4.70.1\n", encoding="utf-8")
+    run.ensure_venv(None)
+    assert work == ["venv", "requirements.lock", "requirements.lock"]
+
+
+def test_killed_installation_is_made_anew(
+    run: ModuleType, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "pip", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.ensure_venv(None)
+    assert not run.STAMP.exists()
+    run.ensure_venv(None)
+    assert work == ["venv", "venv", "requirements.lock"]
+
+
+def test_killed_update_is_not_taken_for_whole(
+    run: ModuleType, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.ensure_venv(None)
+    before = run.LOCK.read_bytes()
+    run.LOCK.write_text("tqdm==4.70.1\n", encoding="utf-8")
+
+    def failing(*_: str) -> None:
+        raise run.SetupError("pip failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "pip", failing)
+        with pytest.raises(run.SetupError):
+            run.ensure_venv(None)
+    run.LOCK.write_bytes(before)  # back to what the first stamp was for
+    run.ensure_venv(None)
+    assert work == ["venv", "requirements.lock", "venv", "requirements.lock"]
+
+
+def test_another_release_of_comfyui_brings_its_requirements(
+    run: ModuleType, work: list[str], tmp_path: Path
+) -> None:
+    run.ensure_venv(make_comfyui(tmp_path / "same"))
+    assert work == ["venv", "requirements.lock"]
+    run.ensure_venv(make_comfyui(tmp_path / "newer", "0.9.1"))
+    assert work[2:] == ["requirements.lock", "requirements.txt"]
+
+
+def test_wrong_python_is_named(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.sys, "version_info", (3, 9, 1))
+    with pytest.raises(run.SetupError, match=r"Python 3\.9 runs this.*3\.10 to 3\.14"):
+        run.check_python()
+
+
+# -- the host --------------------------------------------------------------------------------------
+
+
+def test_named_host_wins(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+    named = make_comfyui(tmp_path / "named")
+    monkeypatch.setenv("COMFYUI_PATH", str(named))
+    assert run.find_host() == named
+
+
+def test_installed_pack_finds_its_own_comfyui(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+    around = make_comfyui(tmp_path / "ComfyUI")
+    monkeypatch.setattr(run, "ROOT", around / "custom_nodes" / "infinite-id")
+    assert run.find_host() == around
+
+
+@pytest.mark.parametrize(
+    ("made", "message"), [(False, "no such folder"), (True, "which is not a ComfyUI")]
+)
+def test_wrong_name_is_an_error(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool, message: str
+) -> None:
+    folder = tmp_path / "elsewhere"
+    if made:
+        folder.mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(folder))
+    with pytest.raises(run.HostError, match=f"{folder.name}.*{message}"):
+        run.find_host()
+
+
+def test_folder_that_is_no_comfyui_is_passed_over_by_name(
+    run: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "home" / "comfy" / "ComfyUI"
+    empty.mkdir(parents=True)
+    assert run.find_host() is None
+    assert str(empty) in capfd.readouterr().err
+
+
+def test_clone_is_found_the_second_time(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = make_comfyui(tmp_path / "remote")
+    git = ["git", "-C", str(remote), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "v0.3.64"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(run, "COMFYUI_URL", remote.as_uri())
+    host = run.have_host()
+    assert host == run.cached_host()
+    assert run.have_host() == host
+    assert [path.name for path in run.cache_folder().iterdir()] == [host.name]
+
+
+def test_failed_clone_leaves_nothing(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "COMFYUI_URL", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(run.HostError, match="cloning .*nowhere failed"):
+        run.have_host()
+    assert list(run.cache_folder().iterdir()) == []
+
+
+def test_missing_git_is_named(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.shutil, "which", lambda _: None)
+    with pytest.raises(run.HostError, match="Install git, or set COMFYUI_PATH"):
+        run.have_host()
+
+
+def test_required_host_that_is_missing_fails(
+    run: ModuleType, work: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "gone"))
+    children: list[dict[str, str]] = []
+    monkeypatch.setattr(run, "run_child", lambda _, environment: children.append(environment) or 0)
+    assert run.test([]) == 0
+    assert "gone" in children[0]["INFINITE_ID_HOST_MISSING"]
+    assert "COMFYUI_PATH" not in children[0]
+    monkeypatch.setenv("INFINITE_ID_REQUIRE_HOST", "1")
+    with pytest.raises(run.HostError):
+        run.test([])
+    assert len(children) == 1
+
+
+# -- pytest without a host -------------------------------------------------------------------------
+
+
+def pytest_without_host(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if k != "COMFYUI_PATH"}
+    return subprocess.run(
+        [*command, "tests/core/test_workflow_api.py", "tests/host/test_pack_loads.py"],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def test_missing_host_skips_and_says_how_many() -> None:
+    done = pytest_without_host(INFINITE_ID_HOST_MISSING="no network")
+    assert done.returncode == 0, done.stdout
+    assert "4 host and server tests were SKIPPED: no network" in done.stdout
+    assert " passed, 4 skipped" in done.stdout
+
+
+def test_missing_host_can_be_a_failure() -> None:
+    done = pytest_without_host(INFINITE_ID_HOST_MISSING="no network", INFINITE_ID_REQUIRE_HOST="1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "no ComfyUI: no network" in done.stderr
