@@ -31,7 +31,8 @@ def astronaut(folder: Path) -> Path:
     from skimage import data
 
     path = folder / "astronaut.png"
-    Image.fromarray(data.astronaut()).save(path)
+    photo = data.astronaut()  # type: ignore[no-untyped-call]
+    Image.fromarray(photo).save(path)
     return path
 
 

@@ -20,6 +20,7 @@ def main(host: str, base: str, pack: str) -> None:
     sys.path[0] = host  # in place of this script's folder, where main.py's would be
     sys.argv = ["main.py", "--cpu", "--base-directory", base]
     importlib.import_module("comfy.options").enable_args_parsing()
+    importlib.import_module("utils.extra_config")  # before nodes.py puts comfy/utils.py in its way
     # What main.py has imported before it comes to the packs, its own extra nodes included.
     importlib.import_module("execution")
     importlib.import_module("server")

@@ -18,29 +18,27 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 
 # What ComfyUI 0.3.64 ships: a second requirement could only move the host's own version.
-COMFYUI_SHIPS = frozenset(
-    [
-        "torch",
-        "torchvision",
-        "torchaudio",
-        "numpy",
-        "pillow",
-        "scipy",
-        "safetensors",
-        "transformers",
-        "tqdm",
-        "psutil",
-        "pyyaml",
-        "aiohttp",
-        "einops",
-        "tokenizers",
-        "kornia",
-        "pydantic",
-        "sqlalchemy",
-        "alembic",
-        "av",
-    ]
-)
+COMFYUI_SHIPS = {
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "numpy",
+    "pillow",
+    "scipy",
+    "safetensors",
+    "transformers",
+    "tqdm",
+    "psutil",
+    "pyyaml",
+    "aiohttp",
+    "einops",
+    "tokenizers",
+    "kornia",
+    "pydantic",
+    "sqlalchemy",
+    "alembic",
+    "av",
+}
 
 
 def read(name: str) -> list[Requirement]:

@@ -40,6 +40,8 @@ def _enter_host(host: Path) -> Path:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
         importlib.import_module("folder_paths")
+        # Before nodes.py puts the folder comfy, with its utils.py, on sys.path.
+        importlib.import_module("utils.extra_config")
     finally:
         sys.argv = argv
     return base
