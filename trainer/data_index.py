@@ -283,7 +283,7 @@ class Dataset:
     @cached_property
     def _rows_of(self) -> dict[str, range]:
         names = self._table["identity"].to_numpy(zero_copy_only=False)
-        starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else []
+        starts: NDArray[np.intp] = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
         ends = [*starts[1:], len(names)]
         return {str(names[a]): range(int(a), int(b)) for a, b in zip(starts, ends, strict=True)}
 

@@ -1,0 +1,48 @@
+"""``python -m trainer COMMAND ...``: each command's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from infinite_id_core.errors import InfiniteIDError
+
+# Command -> module with main(argv) -> exit status, and what it is for.
+COMMANDS = {
+    "prepare": ("trainer.prepare.cli", "photos to training shards"),
+    "train": ("trainer.train", "training shards to an adapter"),
+    "generate": ("trainer.generate", "pictures of a person, without ComfyUI"),
+    "evaluate": ("trainer.evaluate", "likeness and prompt scores of pictures"),
+    "inspect": ("trainer.inspect", "what a file holds, and whether it is sound"),
+    "convert": ("trainer.convert", "a pickled adapter or identity to safetensors"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a named error is printed in one line and gives exit status 1."""
+    listed = "\n".join(f"  {name:10}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Make the weights of Infinite-ID.",
+        epilog=f"commands:\n{listed}\n\npython -m trainer COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    values = parser.parse_args(argv)
+    module = importlib.import_module(COMMANDS[values.command][0])
+    try:
+        status: int = module.main(values.arguments)
+        return status
+    except InfiniteIDError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

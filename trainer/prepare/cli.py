@@ -1,0 +1,103 @@
+"""``python -m trainer prepare INPUT OUTPUT [options]``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .options import ENGINES, KINDS, Places, PrepareOptions, RunOptions
+
+_HELP = {
+    "kind": "how the input is laid out: a folder per person, an unlabelled heap, .tar shards",
+    "identity_field": "webdataset: JSON entry that names the person (default: group by face)",
+    "licence": "licence of photos that come without one",
+    "detector_size": "side of the detector's input, pixels",
+    "min_detection": "the detector's confidence from which a face counts",
+    "max_side": "re-encode photos with a longer side once at this side, pixels",
+    "max_pixels": "skip photos that would decode to more pixels",
+    "max_bytes": "skip files larger than this",
+    "neighbours": "grouping: nearest neighbours looked at per face",
+    "link_cosine": "grouping: faces at least this alike are linked",
+    "purify_cosine": "leave out photos less like their person's centroid; -1 keeps all",
+    "duplicate_bits": "near-duplicates: differing bits of the 64-bit picture hash; -1 is off",
+    "duplicate_cosine": "near-duplicates: and faces at least this alike",
+    "min_photos": "leave out people with fewer usable photos",
+    "held_out": "share of people kept out of training",
+    "seed": "another seed holds out other people",
+    "shard_bytes": "close a shard at the person after this size",
+    "engine": "who does the work: this machine's processes, or Ray Data",
+    "workers": "processes or actors (default: one per two cores)",
+    "threads": "threads of each worker's models (default: cores / workers)",
+    "gpus_per_worker": "Ray: GPUs reserved for each actor",
+    "provider": "ONNX Runtime provider: auto, cpu, cuda, rocm, coreml, directml",
+    "ray_address": "Ray: address of a cluster (default: RAY_ADDRESS, else this machine)",
+}
+_CHOICES = {"kind": KINDS, "engine": ENGINES}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``prepare`` with command-line options and print what it made."""
+    values = vars(_parser().parse_args(argv))
+    places = Places(
+        source=values["input"], output=values["output"], face_models=values["face_models"]
+    )
+    run = RunOptions(
+        **_values(RunOptions, values), report=values["report"], progress=values["progress"]
+    )
+    from .run import prepare  # after the options are known to be good
+
+    summary = prepare(places, PrepareOptions(**_values(PrepareOptions, values)), run)
+    counts = summary.info.counts
+    left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "kept")
+    print(
+        f"{counts['kept']} photos of {summary.identities} people ({summary.held_out} held out) in "
+        f"{summary.shards} shards, {summary.bytes / 2**20:.1f} MB, {summary.seconds:.1f} s"
+    )
+    print(f"left out: {left_out or 'nothing'}")
+    if run.report:
+        print(f"report: {values['output'] / 'report.html'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer prepare",
+        description="Photos to training shards and an index. Run it again after a crash: finished "
+        "parts are kept.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("input", type=Path, help="folder of photos, of people's folders, or shards")
+    parser.add_argument("output", type=Path, help="folder of the dataset, new or half-done")
+    parser.add_argument(
+        "--face-models",
+        type=Path,
+        required=True,
+        metavar="ROOT/models/PACK",
+        help="insightface pack: a folder of ONNX files with a detector and a recogniser",
+    )
+    for options in (PrepareOptions, RunOptions):
+        group = parser.add_argument_group(
+            "what changes the result" if options is PrepareOptions else "how it is made"
+        )
+        for field in fields(options):
+            if field.name not in _HELP:
+                continue
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=type(field.default),
+                default=field.default,
+                choices=_CHOICES.get(field.name),
+                help=_HELP[field.name],
+            )
+    parser.add_argument("--no-report", dest="report", action="store_false", help="no report.html")
+    parser.add_argument(
+        "--no-progress", dest="progress", action="store_false", help="no progress bars"
+    )
+    return parser
+
+
+def _values(options: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(options) if f.name in _HELP}

@@ -1,0 +1,403 @@
+"""The order of the stages, from the input's listing to the finished index."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from infinite_id_core.checkpoint import replacing
+from infinite_id_core.errors import OptionError
+from infinite_id_core.face import find_pack
+
+from ..data_index import INDEX, SCHEMA, DatasetInfo, write_index
+from ..errors import BusyError, NoFacesError, NoPairsError, UnreadableError, disk_errors
+from ..shards import SHARDS
+from .engines import Engine, open_engine
+from .faces import FaceModels
+from .group import Grouped, group_photos
+from .manifest import (
+    Target,
+    fingerprint_of,
+    finish,
+    finished,
+    output_hashes,
+    remove_leftovers,
+)
+from .options import Places, PrepareOptions, RunOptions
+from .report import write_report
+from .sources import Listing, Part, list_input
+from .stages import (
+    FACES,
+    DetectArguments,
+    EmbedArguments,
+    Task,
+    WriteArguments,
+    write_table,
+)
+
+STAGE_VERSION = 1  # counts up when a stage gives another result for the same input
+_REPORT = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What ``prepare`` made."""
+
+    info: DatasetInfo
+    identities: int
+    held_out: int
+    """People kept out of training."""
+    shards: int
+    bytes: int
+    seconds: float
+    tasks_done_before: int
+    """Tasks that an earlier run had finished."""
+
+
+def prepare(places: Places, options: PrepareOptions, run: RunOptions | None = None) -> Summary:
+    """Photos in ``places.source`` to a dataset in ``places.output``.
+
+    Call it again after a crash: finished parts are kept, whatever was half-written is redone.
+    Raises ``NoFacesError``, ``NoPairsError``, ``InputKindError``, ``BusyError``,
+    ``DiskFullError``, ``DatasetError``, ``EngineError``, ``FaceModelError`` and others of
+    ``InfiniteIDError``.
+    """
+    run = run or RunOptions()
+    _check_places(places)
+    with _locked(places.output), open_engine(run) as engine:
+        return _Run(places, options, run, engine).all()
+
+
+class _Run:
+    def __init__(
+        self, places: Places, options: PrepareOptions, run: RunOptions, engine: Engine
+    ) -> None:
+        self.places, self.options, self.run, self.engine = places, options, run, engine
+        self.models = FaceModels(
+            folder=places.face_models.absolute(),
+            detector_size=options.detector_size,
+            min_detection=options.min_detection,
+            provider=run.provider,
+            threads=run.thread_count,
+        )
+        self.done_before = 0
+        self.recogniser = ""
+        self.root = places.source if places.source.is_dir() else places.source.parent
+
+    def all(self) -> Summary:
+        """Every stage in order."""
+        started = time.monotonic()
+        remove_leftovers(self.places.output)
+        listing = list_input(self.places.source, self.options)
+        detected = self._detect(listing)
+        embedded = self._embed(detected)
+        grouped, target = self._group(listing, detected, embedded)
+        self._check_any(grouped)
+        written = self._write(grouped, target)
+        info = self._index(grouped, target, written)
+        if self.run.report:
+            self._report(grouped, info)
+        people = set(
+            zip(*(grouped.kept[n].to_pylist() for n in ("identity", "split")), strict=True)
+        )
+        return Summary(
+            info=info,
+            identities=len(people),
+            held_out=sum(split == "held_out" for _, split in people),
+            shards=len(written),
+            bytes=sum(t.outputs[0].stat().st_size for t in written),
+            seconds=time.monotonic() - started,
+            tasks_done_before=self.done_before,
+        )
+
+    # --- stages ------------------------------------------------------------------------------
+
+    def _detect(self, listing: Listing) -> list[Target]:
+        labelled = listing.labelled or bool(self.options.identity_field)
+        made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes",
+                "identity_field", "licence")  # fmt: skip
+        tasks = [
+            Task(
+                stage="detect",
+                target=self._target(
+                    "detect", part.number, self._option_values(made), part.fingerprint,
+                    self.models.fingerprint, labelled,
+                ),
+                arguments=DetectArguments(
+                    root=self.root, part=part, labelled=labelled, models=self.models,
+                    options=self.options,
+                ),
+            )
+            for part in listing.parts
+        ]  # fmt: skip
+        self._run_all("detect, align", "photos", tasks, _photo_count(listing.parts))
+        return [task.target for task in tasks]
+
+    def _embed(self, detected: Sequence[Target]) -> list[Target]:
+        tasks = [
+            Task(
+                stage="embed",
+                target=self._target(
+                    "embed", number, output_hashes(target), self.models.fingerprint
+                ),
+                arguments=EmbedArguments(faces=target.outputs[0], models=self.models),
+            )
+            for number, target in enumerate(detected)
+        ]
+        faces = sum(pq.read_metadata(target.outputs[0]).num_rows for target in detected)
+        counts = self._run_all("embed", "faces", tasks, faces)
+        self.recogniser = counts[0]["recogniser"]
+        return [task.target for task in tasks]
+
+    def _group(
+        self, listing: Listing, detected: Sequence[Target], embedded: Sequence[Target]
+    ) -> tuple[Grouped, Target]:
+        labelled = listing.labelled or bool(self.options.identity_field)
+        inputs = [output_hashes(target) for target in (*detected, *embedded)]
+        work = self.places.work
+        target = Target(
+            record=work / "group.json",
+            outputs=(work / "group.parquet", work / "dropped.parquet"),
+            fingerprint=fingerprint_of(STAGE_VERSION, inputs, self.options.to_json()),
+        )
+        known = finished(target)
+        if known is not None:
+            self.done_before += 1
+            return _read_groups(target, known), target
+        table = _faces_table(detected, embedded)
+        with self._bar("group", "faces", len(table)) as bar:
+            grouped = group_photos(table, labelled, self.options)
+            _write_groups(target, grouped)
+            finish(target, {"shards": grouped.shards, "alike": grouped.alike})
+            bar.update(len(table))
+        return grouped, target
+
+    def _write(self, grouped: Grouped, group: Target) -> list[Target]:
+        inputs = output_hashes(group)
+        self._retire_index(self._index_target(group).fingerprint)
+        tasks = []
+        for number in range(len(grouped.shards)):
+            name = f"{number:05d}"
+            target = Target(
+                record=self.places.work / "write" / f"{name}.json",
+                outputs=(
+                    self.places.output / SHARDS / f"{name}.tar",
+                    self.places.work / "write" / f"{name}.parquet",
+                ),
+                fingerprint=fingerprint_of(STAGE_VERSION, inputs, self.options.max_side, number),
+            )
+            arguments = WriteArguments(
+                root=self.root, grouped=group.outputs[0], row_group=number, options=self.options
+            )
+            tasks.append(Task(stage="write", target=target, arguments=arguments))
+        self._run_all("write shards", "photos", tasks, len(grouped.kept))
+        return [task.target for task in tasks]
+
+    def _index(self, grouped: Grouped, group: Target, written: Sequence[Target]) -> DatasetInfo:
+        kept = pa.concat_tables([pq.read_table(target.outputs[1]) for target in written])
+        table = pa.concat_tables([kept, _index_rows(grouped.dropped)])
+        info = DatasetInfo(
+            recogniser=self.recogniser,
+            fingerprint=fingerprint_of(
+                [kept[name].to_pylist() for name in ("key", "sha256", "identity", "split")]
+            ),
+            counts=_counts(grouped),
+            options=self.options.to_json(),
+        )
+        target = self._index_target(group)
+        path = target.outputs[0]
+        if finished(target) is None:
+            with disk_errors(path), replacing(path) as temporary:
+                write_index(temporary, table, info)
+            finish(target, info.counts)
+        for stale in set((self.places.output / SHARDS).glob("*.tar")) - {
+            t.outputs[0] for t in written
+        }:
+            stale.unlink()
+        return info
+
+    def _report(self, grouped: Grouped, info: DatasetInfo) -> None:
+        page = self.places.output / _REPORT
+        target = Target(
+            record=self.places.work / "report.json",
+            outputs=(page,),
+            fingerprint=fingerprint_of(STAGE_VERSION, info.fingerprint, info.counts),
+        )
+        if finished(target) is None:
+            with self._bar("report", "pages", 1) as bar:
+                write_report(page, self.root, grouped, info)
+                finish(target, {})
+                bar.update(1)
+
+    # --- helpers -----------------------------------------------------------------------------
+
+    def _check_any(self, grouped: Grouped) -> None:
+        if len(grouped.kept):
+            return
+        counts = _counts(grouped)
+        listed = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n)
+        if self.run.report:
+            info = DatasetInfo(
+                recogniser=self.recogniser, fingerprint="", counts=counts, options={}
+            )
+            write_report(self.places.output / _REPORT, self.root, grouped, info)
+        page = f" {self.places.output / _REPORT} shows them." if self.run.report else ""
+        if not any(value for value in grouped.dropped["faces"].to_pylist()):
+            raise NoFacesError(
+                f"{self.places.source}: not one face in {len(grouped.dropped)} photos ({listed})."
+                f"{page} Check the input, or lower --min-detection or --detector-size."
+            )
+        raise NoPairsError(
+            f"{self.places.source}: no person has {self.options.min_photos} usable photos "
+            f"({listed}).{page} Reference and target are two photos of one person: add photos, or "
+            "put each person's photos into one folder."
+        )
+
+    def _retire_index(self, fingerprint: str) -> None:
+        """An index of other contents must not outlive its shards, should this run be killed."""
+        record = self.places.work / "index.json"
+        index = self.places.output / INDEX
+        target = Target(record=record, outputs=(index,), fingerprint=fingerprint)
+        if finished(target) is None:
+            index.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
+
+    def _index_target(self, group: Target) -> Target:
+        return Target(
+            record=self.places.work / "index.json",
+            outputs=(self.places.output / INDEX,),
+            fingerprint=fingerprint_of(STAGE_VERSION, output_hashes(group), self.recogniser),
+        )
+
+    def _target(self, stage: str, number: int, *made_of: object) -> Target:
+        folder = self.places.work / stage
+        return Target(
+            record=folder / f"{number:05d}.json",
+            outputs=(folder / f"{number:05d}.parquet",),
+            fingerprint=fingerprint_of(STAGE_VERSION, stage, *made_of),
+        )
+
+    def _option_values(self, names: Sequence[str]) -> list[Any]:
+        return [getattr(self.options, name) for name in names]
+
+    def _run_all(
+        self, what: str, unit: str, tasks: Sequence[Task], total: int | None
+    ) -> list[dict[str, Any]]:
+        """Run tasks with a progress bar; the first named error ends the run."""
+        counts = []
+        with self._bar(what, unit, total) as bar:
+            for outcome in self.engine.run(tasks):
+                if outcome.error is not None:
+                    raise outcome.error
+                self.done_before += not outcome.fresh
+                counts.append(outcome.counts)
+                bar.update(outcome.counts[unit])
+        return counts
+
+    def _bar(self, what: str, unit: str, total: int | None) -> Any:
+        return tqdm(
+            total=total,
+            desc=f"{what:14}",
+            unit=f" {unit}",
+            disable=not self.run.progress,
+            dynamic_ncols=True,
+        )
+
+
+def _photo_count(parts: Sequence[Part]) -> int | None:
+    """Photos to come; unknown where tars are not listed yet."""
+    return None if any(part.tar for part in parts) else sum(len(part.sources) for part in parts)
+
+
+def _faces_table(detected: Sequence[Target], embedded: Sequence[Target]) -> pa.Table:
+    """All faces with their embeddings; photos are numbered over all parts."""
+    names = [name for name in FACES.names if name != "aligned"]
+    tables, first = [], 0
+    for faces, vectors in zip(detected, embedded, strict=True):
+        table = pq.read_table(faces.outputs[0], columns=names)
+        table = table.append_column("embedding", pq.read_table(vectors.outputs[0])["embedding"])
+        photo = table["photo"].to_numpy() + first
+        first = int(photo.max(initial=first - 1)) + 1
+        tables.append(table.set_column(0, "photo", pa.array(photo, pa.int64())))
+    return pa.concat_tables(tables)
+
+
+def _write_groups(target: Target, grouped: Grouped) -> None:
+    """Kept photos, one row group per shard, and the dropped ones."""
+    path, others = target.outputs
+    with (
+        disk_errors(path),
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, grouped.kept.schema, compression="zstd") as writer,
+    ):
+        for start, end in grouped.shards:
+            writer.write_table(grouped.kept.slice(start, end - start), row_group_size=end - start)
+    write_table(others, grouped.dropped)
+
+
+def _read_groups(target: Target, known: dict[str, Any]) -> Grouped:
+    return Grouped(
+        kept=pq.read_table(target.outputs[0]),
+        dropped=pq.read_table(target.outputs[1]),
+        shards=tuple((start, end) for start, end in known["shards"]),
+        alike=tuple((a, b, cosine) for a, b, cosine in known["alike"]),
+    )
+
+
+def _index_rows(table: pa.Table) -> pa.Table:
+    """The columns of ``SCHEMA``, null where ``table`` has none."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in SCHEMA
+    ]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _counts(grouped: Grouped) -> dict[str, int]:
+    """Photos by what became of them."""
+    reasons = Counter(grouped.dropped["dropped"].to_pylist())
+    return {"kept": len(grouped.kept), **dict(sorted(reasons.items()))}
+
+
+def _check_places(places: Places) -> None:
+    source, output = places.source.resolve(), places.output.resolve()
+    if output == source or source in output.parents:
+        raise OptionError(
+            f"OUTPUT {output} lies inside INPUT {source}; its shards would be read as photos. "
+            "Choose a folder outside."
+        )
+    if output.is_file():
+        raise OptionError(f"OUTPUT {output} is a file; expected a folder, new or ours.")
+    find_pack(places.face_models.name, [places.face_models.parent.parent])
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the folder for this process; a killed process lets go of it."""
+    try:
+        with disk_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(output / ".lock", timeout=0)
+            lock.acquire()
+    except Timeout as error:
+        raise BusyError(
+            output, "another prepare is writing to this folder. Wait for it, or choose another."
+        ) from error
+    except PermissionError as error:
+        raise UnreadableError(output, f"cannot be written to ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        lock.release()
