@@ -52,7 +52,8 @@ class NodeFailed(ComfyLiveError):
     def __init__(self, details: dict[str, Any]) -> None:
         self.node_id = str(details.get("node_id"))
         self.node_type = str(details.get("node_type"))
-        self.exception_type = str(details.get("exception_type"))
+        # Without its module, whose name holds the temporary folder the pack was loaded from.
+        self.exception_type = str(details.get("exception_type")).rpartition(".")[2]
         self.exception_message = str(details.get("exception_message")).strip()
         self.traceback = "".join(details.get("traceback") or [])
         super().__init__(

@@ -67,25 +67,27 @@ def upstream(prompt: dict[str, Any], node_id: str, class_type: str) -> dict[str,
 
 def fill_in(prompt: dict[str, Any], options: argparse.Namespace, photo: str) -> None:
     """Put the photo, the texts and the seed into the workflow's own nodes."""
-    for node in prompt.values():
-        if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = photo
+    written: set[int] = set()  # two samplers may share a text
     for node in prompt.values():
         inputs = node["inputs"]
-        if not isinstance(inputs.get("positive"), list):
-            continue
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = photo
+        seeds = inputs.keys() & {"seed", "noise_seed"}
+        if not seeds or not isinstance(inputs.get("positive"), list):
+            continue  # not a sampler
         if options.seed is not None:
-            inputs.update({k: options.seed for k in ("seed", "noise_seed") if k in inputs})
-        texts = [
+            inputs.update(dict.fromkeys(seeds, options.seed))
+        positive, negative = (
             upstream(prompt, inputs[side][0], "CLIPTextEncode") for side in ("positive", "negative")
-        ]
-        if texts[0] is None or texts[1] is None:
+        )
+        if positive is None or negative is None or id(positive) in written:
             continue
-        positive, negative = (text["inputs"]["text"] for text in texts if text)
-        if options.prompt is not None:
-            positive = options.prompt
-        positive, negative = styled(positive, negative, options.style)
-        texts[0]["inputs"]["text"], texts[1]["inputs"]["text"] = positive, negative
+        written.add(id(positive))
+        positive["inputs"]["text"], negative["inputs"]["text"] = styled(
+            options.prompt if options.prompt is not None else positive["inputs"]["text"],
+            negative["inputs"]["text"],
+            options.style,
+        )
 
 
 class ProgressBar:
