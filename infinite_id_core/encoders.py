@@ -49,6 +49,7 @@ IMAGE_SIZE = 224  # pixels
 _BATCH = 16  # crops encoded at a time: bounds memory for a hundred faces
 _NAMES = {1664: "ViT-bigG-14", 1280: "ViT-H-14", 1024: "ViT-L-14"}
 _FALLBACK_MODELS = ("ViT-H-14", "ViT-L-14", "ViT-bigG-14")
+_OTHER_PREPROCESSING = "CLIPA"  # trained on pixels normalised another way
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -315,6 +316,8 @@ def open_clip_models() -> tuple[str, ...]:
 
 def _fits(path: Path) -> bool:
     """Whether a model config of open_clip is its own ViT with patch 14 at 224 px."""
+    if _OTHER_PREPROCESSING in path.stem:
+        return False
     try:
         vision = json.loads(path.read_text(encoding="utf-8")).get("vision_cfg", {})
     except (OSError, ValueError, AttributeError):
@@ -334,9 +337,10 @@ def load_open_clip(model: str, path: str | Path) -> OpenClipVision:
     not fit, and subclasses of ``FileError`` naming what is wrong with the file.
     """
     open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
-    if model not in open_clip.list_models():
+    if model not in open_clip.list_models() or _OTHER_PREPROCESSING in model:
         raise EncoderError(
-            f"open_clip knows no model {model!r}. Those that fit: {', '.join(open_clip_models())}."
+            f"open_clip has no model {model!r} with CLIP's preprocessing. Those that fit: "
+            f"{', '.join(open_clip_models())}."
         )
     visual = _empty_tower(open_clip.get_model_config(model), model)
     return _filled(visual, _read_tower(Path(path), visual), model)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from .errors import (
     FaceError,
@@ -73,6 +72,7 @@ _PROVIDER_NAMES: dict[str, tuple[str, ...]] = {
 }
 _FOR_FACES = "to find faces"
 _INSTALL_FACES = "insightface onnxruntime"
+_INSTALL_CV2 = "opencv-python-headless"
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +158,15 @@ def load_face_models(
     roots: Sequence[Path],
     provider: Provider = "auto",
     detector_size: int = DETECTOR_SIZE,
+    threads: int = 0,
 ) -> Any:
     """insightface's ``FaceAnalysis`` on ``<root>/models/<pack>/*.onnx`` of the first root with it.
 
     The object is the one the InstantID and PuLID packs pass around; theirs work here as well.
-    Nothing is downloaded. Raises ``FaceModelError`` (missing, nested, damaged or incomplete pack,
-    provider that is not there), ``MissingPackageError``, ``NameNotAllowedError``, ``OptionError``.
+    Nothing is downloaded. ``threads``: of each model on the CPU; 0 leaves it to onnxruntime.
+
+    Raises ``FaceModelError`` (missing, nested, damaged or incomplete pack, provider that is not
+    there), ``MissingPackageError``, ``NameNotAllowedError``, ``OptionError``.
     """
     if detector_size % 32 or not 64 <= detector_size <= 4096:
         raise OptionError(
@@ -177,9 +180,15 @@ def load_face_models(
         logger.warning("Infinite-ID: %s", conflict)
     providers = choose_providers(provider, runtime.get_available_providers())
     analysis = require("insightface.app", _FOR_FACES, _INSTALL_FACES).FaceAnalysis
+    sessions: dict[str, Any] = {}
+    if threads:
+        sessions["sess_options"] = runtime.SessionOptions()
+        sessions["sess_options"].intra_op_num_threads = threads
     try:
         # An absolute folder in place of a name is never looked up for download.
-        app = analysis(name=str(folder.resolve()), root=str(folder), providers=providers)
+        app = analysis(
+            name=str(folder.resolve()), root=str(folder), providers=providers, **sessions
+        )
     except AssertionError as error:  # insightface's only word on a pack without a detector
         raise FaceModelError(_incomplete(folder, "detector", "")) from error
     except Exception as error:
@@ -327,24 +336,39 @@ def _to_bgr(image: Tensor) -> Array:
     return np.ascontiguousarray(pixels.numpy()[..., ::-1])
 
 
-def _detection_copy(image: Tensor) -> tuple[Array, int]:
-    """BGR copy of at most ``DETECTION_SIDE`` px and the whole number it was reduced by.
+def _reduced(image: Tensor, factor: int) -> Tensor:
+    """Means over blocks of ``factor`` pixels: ``[H, W, C]`` -> ``[H // f, W // f, 3]`` float32.
 
     Works through bands of rows, so that a huge picture is never held twice.
     """
-    height, width = image.shape[:2]
-    factor = math.ceil(max(height, width) / DETECTION_SIDE)
-    if factor == 1:
-        return _to_bgr(image), 1
-    factor = min(factor, height, width)
-    out = np.empty((height // factor, width // factor, 3), dtype=np.uint8)
-    rows = max(1, _BAND // (width * factor))
-    for top in range(0, out.shape[0], rows):
-        band = image[top * factor : (top + rows) * factor, : out.shape[1] * factor]
-        mean = avg_pool2d(to_rgb(band).permute(2, 0, 1), factor)  # HWC -> CHW
-        part = _to_bgr(mean.permute(1, 2, 0))
-        out[top : top + rows] = part[: out.shape[0] - top]
-    return out, factor
+    cv2 = require("cv2", _FOR_FACES, _INSTALL_CV2)
+    factor = min(factor, *image.shape[:2])
+    if factor <= 1:
+        return to_rgb(image)
+    height, width = image.shape[0] // factor, image.shape[1] // factor
+    out = np.empty((height, width, 3), dtype=np.float32)
+    rows = max(1, _BAND // (image.shape[1] * factor))
+    for top in range(0, height, rows):
+        count = min(rows, height - top)
+        band = to_rgb(image[top * factor : (top + count) * factor, : width * factor])
+        cv2.resize(
+            np.ascontiguousarray(band.numpy()),
+            (width, count),
+            dst=out[top : top + count],
+            interpolation=cv2.INTER_AREA,
+        )
+    return torch.from_numpy(out)
+
+
+def _factor(image: Tensor) -> int:
+    """The whole number that brings a picture's longer side to ``DETECTION_SIDE`` or below."""
+    return math.ceil(max(image.shape[:2]) / DETECTION_SIDE)
+
+
+def _scaled(factor: int) -> Array:
+    """From pixels of a copy reduced by ``factor`` to those of the original: ``[3, 3]``."""
+    middle = (factor - 1) / 2  # of a block of pixels
+    return np.array([[factor, 0.0, middle], [0.0, factor, middle], [0.0, 0.0, 1.0]])
 
 
 # --- detection -------------------------------------------------------------------------------
@@ -357,16 +381,16 @@ def detect_faces(app: Any, image: Tensor) -> tuple[tuple[DetectedFace, ...], tup
     detector's own size is passed around, never changed. Raises ``ImageError``, ``FaceModelError``.
     """
     check_image(image)
-    picture, factor = _detection_copy(image)
+    factor = _factor(image)
+    picture = _to_bgr(_reduced(image, factor))
     tried: list[str] = []
     for size in _sizes(app):
         for border in (0.0, _RETRY_BORDER):
             tried.append(f"{_size_name(app, size)}{' with a border' if border else ''}")
             found = _detect(app, picture, size, border)
             if found:
-                shift = (factor - 1) / 2  # the middle of a block of pixels
                 limits = (image.shape[1], image.shape[0])
-                return tuple(_to_original(f, factor, shift, limits) for f in found), tuple(tried)
+                return tuple(_to_original(f, factor, limits) for f in found), tuple(tried)
     return (), tuple(tried)
 
 
@@ -398,10 +422,9 @@ def _detect(
     ] if len(boxes) else []  # fmt: skip
 
 
-def _to_original(
-    face: DetectedFace, factor: int, shift: float, limits: tuple[int, int]
-) -> DetectedFace:
+def _to_original(face: DetectedFace, factor: int, limits: tuple[int, int]) -> DetectedFace:
     width, height = limits
+    shift = (factor - 1) / 2  # the middle of a block of pixels
     box = np.asarray(face.box) * factor + shift
     box = np.clip(box, 0, [width, height, width, height])
     return DetectedFace(
@@ -503,20 +526,14 @@ def align(
 
     With ``padding=0`` it is insightface's ``norm_crop``, but free of aliasing on large faces.
     """
-    cv2 = require("cv2", "to align faces", "opencv-python-headless")
+    cv2 = require("cv2", _FOR_FACES, _INSTALL_CV2)
     matrix = crop_matrix(landmarks, size, padding)
     region, left, top = _region(image, matrix, size)
-    matrix = matrix @ _homogeneous([[1.0, 0.0, left], [0.0, 1.0, top]])
-    pixels = to_rgb(region).nan_to_num(0.0).clamp(0.0, 1.0).numpy()
-    shrink = int(1.0 / math.hypot(matrix[0, 0], matrix[1, 0]))
-    if shrink > 1:  # bilinear sampling reads four pixels: average what it would skip
-        height, width = (max(1, n // shrink) for n in pixels.shape[:2])
-        pixels = cv2.resize(
-            pixels[: height * shrink, : width * shrink], (width, height),
-            interpolation=cv2.INTER_AREA,
-        )  # fmt: skip
-        middle = (shrink - 1) / 2
-        matrix = matrix @ _homogeneous([[shrink, 0.0, middle], [0.0, shrink, middle]])
+    matrix = matrix @ np.array([[1.0, 0.0, left], [0.0, 1.0, top], [0.0, 0.0, 1.0]])
+    # Bilinear sampling reads four pixels: average those it would skip.
+    shrink = min(max(1, int(1.0 / math.hypot(matrix[0, 0], matrix[1, 0]))), *region.shape[:2])
+    pixels = _reduced(region, shrink).nan_to_num(0.0).clamp(0.0, 1.0).numpy()
+    matrix = matrix @ _scaled(shrink)
     warped = cv2.warpAffine(np.ascontiguousarray(pixels), matrix, (size, size))
     return torch.from_numpy(warped)
 
@@ -530,13 +547,14 @@ def read_face(app: Any, image: Tensor, face: DetectedFace) -> Tensor:
 
     # The recogniser cuts its own crop; it needs only the pixels that go into it.
     region, left, top = _region(image, crop_matrix(face.landmarks, _TEMPLATE_SIZE, 0.0), 112)
-    shift = np.array([left, top])
+    factor = _factor(region)
+    shift = np.array([left, top]) + (factor - 1) / 2
     record = Face(
-        bbox=(np.asarray(face.box) - np.tile(shift, 2)).astype(np.float32),
-        kps=(face.landmarks - shift).astype(np.float32),
+        bbox=((np.asarray(face.box) - np.tile(shift, 2)) / factor).astype(np.float32),
+        kps=((face.landmarks - shift) / factor).astype(np.float32),
         det_score=face.score,
     )
-    raw = _recogniser(app).get(_to_bgr(region), record)
+    raw = _recogniser(app).get(_to_bgr(_reduced(region, factor)), record)
     embedding = torch.from_numpy(np.array(raw, dtype=np.float32).reshape(-1))
     if embedding.shape != (FACE_WIDTH,):
         raise FaceModelError(
@@ -563,10 +581,6 @@ def _region(image: Tensor, matrix: Array, size: int) -> tuple[Tensor, int, int]:
     left, top = int(np.clip(x0, 0, width - 1)), int(np.clip(y0, 0, height - 1))
     right, bottom = int(np.clip(x1, left + 1, width)), int(np.clip(y1, top + 1, height))
     return image[top:bottom, left:right], left, top
-
-
-def _homogeneous(rows: list[list[float]]) -> Array:
-    return np.array([*rows, [0.0, 0.0, 1.0]])
 
 
 # --- all of it -------------------------------------------------------------------------------
@@ -648,10 +662,10 @@ def numbered_preview(image: Tensor, found: FoundFaces, max_side: int = 1024) -> 
     from PIL import Image, ImageDraw, ImageFont
 
     check_image(image)
-    picture, factor = _detection_copy(image)
+    picture = _to_bgr(_reduced(image, _factor(image)))
     canvas = Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
     canvas.thumbnail((max_side, max_side), Image.Resampling.BOX)
-    scale = canvas.width / (picture.shape[1] * factor)
+    scale = canvas.width / image.shape[1]
     draw = ImageDraw.Draw(canvas)
     unit = max(1, round(min(canvas.size) / 300))
     font = ImageFont.load_default(size=max(10, 14 * unit))
