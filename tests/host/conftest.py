@@ -86,4 +86,6 @@ def pack(comfy_base: Path) -> Iterator[ModuleType]:
         logging.getLogger().removeHandler(kept)
     if not loaded:
         pytest.fail("ComfyUI did not load the pack:\n" + "\n".join(kept.lines))
-    yield sys.modules[str(folder).replace(".", "_x_")]
+    name = str(folder).replace(".", "_x_")
+    importlib.import_module(f"{name}.infinite_id_core.host_comfyui")  # nodes import it late
+    yield sys.modules[name]

@@ -1,0 +1,112 @@
+"""A tiny SDXL-shaped model in real ComfyUI, with an adapter and identities to match.
+
+Weights are random everywhere (ldm starts its output layers at zero, which would hide errors).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+CONTEXT = 48
+POOLED = 32
+CLIP_WIDTH = 24
+UNET_CONFIG: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "context_dim": CONTEXT,
+    "adm_in_channels": POOLED + 6 * 256,
+    "num_head_channels": 64,
+    "num_classes": "sequential",
+    "use_linear_in_transformer": True,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "use_checkpoint": False,
+    "legacy": False,
+}
+
+
+def fill(module: torch.nn.Module, seed: int, gain: float = 0.6) -> None:
+    """Random weights of a size that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if parameter.ndim == 1:
+                scale = 0.05
+                base = 1.0 if name.endswith("weight") else 0.0
+            else:
+                scale, base = gain / math.sqrt(parameter[0].numel()), 0.0
+            parameter.copy_((base + scale * noise).to(parameter.dtype))
+
+
+def model_config(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    config = comfy.supported_models.SDXL({**UNET_CONFIG, **changes})
+    config.set_inference_dtype(dtype, None)
+    return config
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> comfy.model_patcher.ModelPatcher:
+    config = model_config(dtype, **changes)
+    model = config.get_model({}, "")
+    fill(model.diffusion_model, seed)
+    cpu = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def conditioning(seed: int, rows: int = 1, tokens: int = 77, **extra: Any) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(rows, tokens, CONTEXT, generator=generator)
+    pooled = torch.randn(rows, POOLED, generator=generator)
+    return [[text, {"pooled_output": pooled, **extra}]]
+
+
+def latent(rows: int, size: int = 16, seed: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 4, size, size, generator=generator)
+
+
+def adapter_config(pack: Any) -> Any:
+    return pack.infinite_id_core.adapter.AdapterConfig(
+        clip_width=CLIP_WIDTH, context_width=CONTEXT, recogniser="tiny", clip_model="tiny"
+    )
+
+
+def tiny_adapter(pack: Any, model: Any, seed: int = 9) -> Any:
+    """A ``LoadedAdapter`` with random weights for the layers of ``model``."""
+    import comfy.ops
+
+    host = pack.infinite_id_core.host_comfyui
+    widths = {layer.path: layer.width for layer in host.model_layers(model)}
+    adapter = pack.infinite_id_core.adapter.Adapter(
+        adapter_config(pack), widths, comfy.ops.manual_cast
+    )
+    fill(adapter, seed, gain=1.0)
+    return host.LoadedAdapter(adapter.requires_grad_(False))
+
+
+def tiny_identity(pack: Any, seed: int = 3, references: int = 1) -> Any:
+    core = pack.infinite_id_core.identity
+    generator = torch.Generator().manual_seed(seed)
+    face = torch.nn.functional.normalize(torch.randn(references, 512, generator=generator), dim=1)
+    return core.Identity(
+        face=face,
+        clip=torch.randn(references, 257, CLIP_WIDTH, generator=generator),
+        weight=torch.ones(references),
+        config=core.IdentityConfig(recogniser="tiny", clip_model="tiny"),
+    )
