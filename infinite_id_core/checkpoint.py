@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -376,9 +376,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Not mkstemp: its files are for their owner alone, and so would be what replaces `path`.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    temporary.open("xb").close()
     try:
         yield temporary
         with temporary.open("rb+") as file:
