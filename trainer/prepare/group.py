@@ -59,7 +59,7 @@ class Columns:
     """Unit length, ``[rows, 512]``."""
     phash: Texts
     quality: Doubles
-    """Higher is better, ``[rows, k]``, compared from the first: which near-duplicate stays."""
+    """Pixels, bytes, sharpness ``[rows, 3]``: of near-duplicates the one with most stays."""
 
 
 def group_photos(table: pa.Table, labelled: bool, options: PrepareOptions) -> Grouped:
@@ -111,7 +111,7 @@ def columns_of(table: pa.Table) -> Columns:
         label=_text(table, "identity"),
         embedding=(raw / np.maximum(length, 1e-12)).astype(np.float32),
         phash=_text(table, "phash"),
-        quality=np.stack([pixels, _number(table, "face_size"), _number(table, "blur")], axis=1),
+        quality=np.stack([pixels, _number(table, "length"), _number(table, "blur")], axis=1),
     )
 
 

@@ -107,7 +107,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise PhotoError("too_large", str(error)) from error
+        raise PhotoError("too_large", str(error).partition(",")[0]) from error
     except UnidentifiedImageError as error:
         raise PhotoError("not_an_image", f"no known image format; starts {data[:8]!r}") from error
     except _DECODE_ERRORS as error:

@@ -133,7 +133,9 @@ def _histograms(kept: pa.Table) -> str:
     ]
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 5), layout="constrained")
     for axis, (title, values, limit) in zip(axes.ravel(), panels, strict=True):
-        axis.hist(values, bins=min(40, max(8, len(values) // 4)), color="#4c78a8")
+        low, high = float(np.min(values)), float(np.max(values))
+        reach = (low, high) if limit is None else (min(low, limit), max(high, limit))
+        axis.hist(values, bins=min(40, max(8, len(values) // 4)), range=reach, color="#4c78a8")
         if limit:
             axis.axvline(limit, color="#e45756", linestyle="--", label="default filter")
             axis.legend(fontsize=8)

@@ -99,8 +99,8 @@ class _Run:
         started = time.monotonic()
         remove_leftovers(self.places.output)
         listing = list_input(self.places.source, self.options)
-        detected = self._detect(listing)
-        embedded = self._embed(detected)
+        detected, faces = self._detect(listing)
+        embedded = self._embed(detected, faces)
         grouped, target = self._group(listing, detected, embedded)
         self._check_any(grouped)
         written = self._write(grouped, target)
@@ -122,7 +122,8 @@ class _Run:
 
     # --- stages ------------------------------------------------------------------------------
 
-    def _detect(self, listing: Listing) -> list[Target]:
+    def _detect(self, listing: Listing) -> tuple[list[Target], int]:
+        """The parts, and how many faces they hold."""
         labelled = listing.labelled or bool(self.options.identity_field)
         made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes",
                 "identity_field", "licence")  # fmt: skip
@@ -140,10 +141,10 @@ class _Run:
             )
             for part in listing.parts
         ]  # fmt: skip
-        self._run_all("detect, align", "photos", tasks, _photo_count(listing.parts))
-        return [task.target for task in tasks]
+        counts = self._run_all("detect, align", "photos", tasks, _photo_count(listing.parts))
+        return [task.target for task in tasks], sum(count["faces"] for count in counts)
 
-    def _embed(self, detected: Sequence[Target]) -> list[Target]:
+    def _embed(self, detected: Sequence[Target], faces: int) -> list[Target]:
         tasks = [
             Task(
                 stage="embed",
@@ -154,7 +155,6 @@ class _Run:
             )
             for number, target in enumerate(detected)
         ]
-        faces = sum(pq.read_metadata(target.outputs[0]).num_rows for target in detected)
         counts = self._run_all("embed", "faces", tasks, faces)
         self.recogniser = counts[0]["recogniser"]
         return [task.target for task in tasks]
