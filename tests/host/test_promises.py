@@ -276,7 +276,7 @@ def storage_bytes() -> int:
     gc.collect()
     seen = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
@@ -430,8 +430,7 @@ def test_lora_hook_on_one_cond(silent: Any, patched: Any, model: Any) -> None:
 
 
 def test_fp8_weights(silent: Any, host: Any, pack: Any, identity: Any) -> None:
-    model = tiny_model(dtype=torch.float8_e4m3fn)
-    model.model.manual_cast_dtype = torch.float32
+    model = tiny_model(dtype=torch.float8_e4m3fn, cast_to=torch.float32)
     assert model.model.diffusion_model.out[2].weight.dtype == torch.float8_e4m3fn
     loud = host.apply_identity(model, tiny_adapter(pack, model), identity)
     both_ways(silent, loud, model)

@@ -53,16 +53,22 @@ def fill(module: torch.nn.Module, seed: int, gain: float = 0.6) -> None:
             parameter.copy_((base + scale * noise).to(parameter.dtype))
 
 
-def model_config(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def model_config(
+    dtype: torch.dtype = torch.float32, cast_to: torch.dtype | None = None, **changes: Any
+) -> Any:
+    """``cast_to``: the dtype ComfyUI computes in where the weights' own cannot be used (fp8)."""
     config = comfy.supported_models.SDXL({**UNET_CONFIG, **changes})
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, cast_to)
     return config
 
 
 def tiny_model(
-    seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    cast_to: torch.dtype | None = None,
+    **changes: Any,
 ) -> comfy.model_patcher.ModelPatcher:
-    config = model_config(dtype, **changes)
+    config = model_config(dtype, cast_to, **changes)
     model = config.get_model({}, "")
     fill(model.diffusion_model, seed)
     cpu = comfy.model_management.get_torch_device()
