@@ -187,6 +187,15 @@ def render(
     return (np.clip(styled, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
+def render_scene(
+    background: int, style: int, size: int = IMAGE_SIZE, scenery: float = 0.5
+) -> Picture:
+    """Draw a background in a style, with nobody in it: uint8 [size, size, 3] RGB."""
+    canvas = _background(background, size * _OVERSAMPLE, scenery)
+    pixels = np.asarray(canvas.reduce(_OVERSAMPLE), dtype=np.float32) / 255.0
+    return (np.clip(_STYLERS[style](pixels), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
 def face_landmarks(
     identity: Identity, nuisance: Nuisance | None = None, size: int = IMAGE_SIZE
 ) -> Array:
