@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..microworld import files as micro_files
 from . import folders
+from .face import EMBEDDED
+from .micro import embedded_adapter
 
-EMBEDDED = "microworld (embedded)"
 Adapter = io.Custom("INFINITE_ID_ADAPTER")
 
 
@@ -34,11 +34,11 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        from ..infinite_id_core.host_comfyui import LoadedAdapter, load_adapter
+        from ..infinite_id_core.host_comfyui import load_adapter
 
-        if file != EMBEDDED:
-            return io.NodeOutput(load_adapter(folders.adapter_path(file)))
-        return io.NodeOutput(LoadedAdapter(micro_files.load_adapter()))
+        if file == EMBEDDED:
+            return io.NodeOutput(embedded_adapter())
+        return io.NodeOutput(load_adapter(folders.adapter_path(file)))
 
 
 NODES: list[type[io.ComfyNode]] = [InfiniteIDAdapterLoader]

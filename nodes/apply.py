@@ -36,8 +36,8 @@ class InfiniteIDApply(io.ComfyNode):
                     "mixing",
                     options=list(MIXING),
                     default="mixed",
-                    tooltip="How the person's picture reads the prompt's picture in self-attention: "
-                    "both (mixed, the paper), only the prompt's (mutual), not at all (off).",
+                    tooltip="What the person's picture reads in self-attention: itself and the "
+                    "prompt's picture (mixed, the paper), the prompt's (mutual), or itself (off).",
                 ),
                 io.Combo.Input(
                     "style",
@@ -94,41 +94,21 @@ class InfiniteIDApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        adapter,
-        identity,
-        strength,
-        mixing,
-        style,
-        style_strength,
-        merge_text,
-        text_stream,
-        start_percent,
-        end_percent,
-        mask=None,
+        cls, model, adapter, identity, strength, start_percent, end_percent, mask=None, **stream
     ) -> io.NodeOutput:
         from ..infinite_id_core.host_comfyui import apply_identity
 
-        options = StreamOptions(
-            mixing=mixing,
-            style=style,
-            style_strength=style_strength,
-            merge_text=merge_text,
-            text_stream=text_stream,
+        patched = apply_identity(
+            model,
+            adapter,
+            identity,
+            strength=strength,
+            options=StreamOptions(**stream),
+            start_percent=start_percent,
+            end_percent=end_percent,
+            mask=mask,
         )
-        return io.NodeOutput(
-            apply_identity(
-                model,
-                adapter,
-                identity,
-                strength=strength,
-                options=options,
-                start_percent=start_percent,
-                end_percent=end_percent,
-                mask=mask,
-            )
-        )
+        return io.NodeOutput(patched)
 
 
 NODES: list[type[io.ComfyNode]] = [InfiniteIDApply]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
-from ..microworld import comfy_models
+from ..microworld import comfy_models, config, files, random_weights
+
+if TYPE_CHECKING:
+    from ..infinite_id_core.host_comfyui import LoadedAdapter
 
 
 class InfiniteIDMicroModel(io.ComfyNode):
@@ -34,6 +39,30 @@ class InfiniteIDMicroModel(io.ComfyNode):
         return io.NodeOutput(
             comfy_models.load_unet(), comfy_models.load_clip(), comfy_models.load_vae()
         )
+
+
+def embedded_adapter() -> LoadedAdapter:
+    """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
+    import comfy.ops
+
+    from ..infinite_id_core.adapter import Adapter, AdapterConfig
+    from ..infinite_id_core.host_comfyui import LoadedAdapter, load_adapter, model_layers
+
+    if files.ADAPTER.is_file():
+        return load_adapter(files.ADAPTER)
+    adapter = Adapter(
+        AdapterConfig(
+            clip_width=config.OPEN_CLIP["vision_cfg"]["width"],
+            context_width=config.CONTEXT_WIDTH,
+            face_tokens=config.FACE_TOKENS,
+            recogniser=f"{files.INSIGHTFACE_PACK}/{files.RECOGNISER.stem}",
+            clip_model=files.INSIGHTFACE_PACK,
+        ),
+        {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())},
+        comfy.ops.manual_cast,
+    )
+    adapter.load_state_dict(random_weights.seeded_state_dict(adapter.state_dict(), seed=0))
+    return LoadedAdapter(adapter.requires_grad_(False))
 
 
 NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel]
