@@ -24,6 +24,8 @@ if str(ROOT) not in sys.path:
 # Nothing is downloaded by a test, whatever library would like to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# Before torch is loaded: spinning threads are ruinous for tiny models on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _load_run() -> ModuleType:

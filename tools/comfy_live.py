@@ -272,6 +272,9 @@ class ComfyServer:
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
         }
+        # Small models on a busy CPU: threads that spin while they wait made a sampling run of
+        # 2 s take minutes. Whoever has set this keeps it.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         environment.pop("PYTHONPATH", None)
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
