@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infinite_id_core.errors import FileError, InfiniteIDError
+from infinite_id_core.errors import FileError, InfiniteIDError, OptionError
 
 # --- data ------------------------------------------------------------------------------------
 
@@ -69,6 +69,33 @@ class UnknownFileError(FileError):
 
 class NotConvertibleError(FileError):
     """A pickle of tensors, but not those of an adapter or an identity."""
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+class ConfigSyntaxError(InfiniteIDError, ValueError):
+    """A configuration that is not TOML, or an override that is not section.key=value."""
+
+
+class UnknownKeyError(OptionError):
+    """A section or key that does not exist; the message names the nearest one that does."""
+
+
+class ConfigValueError(OptionError):
+    """A configuration value of the wrong kind, outside its range, or at odds with another."""
+
+
+class ResumeError(InfiniteIDError):
+    """A checkpoint cannot be resumed: not whole, or of a run with other settings."""
+
+
+class NonFiniteError(InfiniteIDError):
+    """A loss or gradient norm that is not a number; no step was made. Names the samples."""
+
+
+class RankLostError(InfiniteIDError):
+    """Another process of this run is gone."""
 
 
 _FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
