@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,8 @@ from infinite_id_core.packages import require
 from ..errors import EngineError
 from .options import RunOptions
 from .stages import Outcome, Task, run_task
+
+_RAY = ("for --engine ray", '"ray[data]"')
 
 
 class Engine(Protocol):
@@ -95,8 +98,9 @@ def _end_with(parent: Any) -> None:
 def _ray_engine(options: RunOptions) -> Iterator[Engine]:
     # Ray's usage statistics would phone home; nothing here does unasked.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = require("ray", "for --engine ray", '"ray[data]"')
-    require("ray.data", "for --engine ray", '"ray[data]"')
+    ray = require("ray", *_RAY)
+    require("ray.data", *_RAY)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ours = not ray.is_initialized()
     if ours:
         address = options.ray_address or os.environ.get("RAY_ADDRESS")
@@ -121,8 +125,7 @@ class RayData:
         """See ``Engine``."""
         if not tasks:
             return
-        ray = require("ray", "for --engine ray", '"ray[data]"')
-        data = require("ray.data", "for --engine ray", '"ray[data]"')
+        ray, data = require("ray", *_RAY), require("ray.data", *_RAY)
         context = data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts photos
         items = [{"task": pickle.dumps(task)} for task in tasks]

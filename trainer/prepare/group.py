@@ -55,6 +55,8 @@ class Columns:
     face: Ints
     sha256: Texts
     label: Texts
+    name: Texts
+    """The photo's name for people."""
     embedding: Floats
     """Unit length, ``[rows, 512]``."""
     phash: Texts
@@ -109,6 +111,7 @@ def columns_of(table: pa.Table) -> Columns:
         face=_number(table, "face").astype(np.int64),
         sha256=_text(table, "source_sha256"),
         label=_text(table, "identity"),
+        name=_text(table, "name"),
         embedding=(raw / np.maximum(length, 1e-12)).astype(np.float32),
         phash=_text(table, "phash"),
         quality=np.stack([pixels, _number(table, "length"), _number(table, "blur")], axis=1),
@@ -142,7 +145,7 @@ def _drop_same_files(columns: Columns, reason: Reasons) -> None:
 def _same_as(columns: Columns, row: np.intp, original: np.intp) -> str:
     theirs, ours = columns.label[original], columns.label[row]
     other = f", there of {theirs!r}" if theirs != ours else ""
-    return f"the same file as {_key(columns, original)}{other}"
+    return f"the same file as {columns.name[original]}{other}"
 
 
 def _key(columns: Columns, row: int | np.intp) -> str:
@@ -304,6 +307,7 @@ def _drop_near_duplicates(
     """Keep the best of each set of near-duplicates; the key of the kept one for every row."""
     keys = np.array([_key(columns, i) for i in range(len(names))], dtype=object)
     group = np.where(reason.open, keys, "")
+    original = np.array(columns.name)
     out = np.zeros(len(names), bool)
     if options.duplicate_bits >= 0:
         for rows in _members(names, reason.open):
@@ -314,7 +318,8 @@ def _drop_near_duplicates(
                 best = members[order[0]]
                 out[members[order[1:]]] = True
                 group[members] = keys[best]
-    details = [f"nearly the same as {group[i]}" for i in np.nonzero(out)[0]]
+                original[members] = columns.name[best]
+    details = [f"nearly the same as {original[i]}" for i in np.nonzero(out)[0]]
     reason.drop(out, "near_duplicate", details)
     return group
 

@@ -173,8 +173,8 @@ def _alike(pairs: Sequence[tuple[str, str, float]]) -> str:
         for a, b, cosine in pairs[:PAIRS]
     )
     return (
-        f"<h2>Possibly the same person</h2><p>{len(pairs):,} pairs of folders whose centroids are "
-        "as alike as photos of one person. Merge the folders if they are.</p>"
+        f"<h2>Possibly the same person</h2><p>Pairs of folders whose centroids are as alike as "
+        f"photos of one person: {len(pairs):,}. Merge the folders if they are.</p>"
         f"<table><tr><th>folder<th>folder<th>cosine{rows}</table>"
     )
 
@@ -184,7 +184,7 @@ def _dropped(dropped: pa.Table, root: Path) -> str:
         return "<h2>Left out</h2><p>Nothing.</p>"
     reasons = np.array(dropped["dropped"].to_pylist())
     parts = []
-    for reason in sorted(set(reasons), key=lambda r: -int((reasons == r).sum())):
+    for reason in sorted(set(reasons), key=lambda r: (-int((reasons == r).sum()), r)):
         numbers = np.nonzero(reasons == reason)[0]
         rows = dropped.select(_COLUMNS).take(pa.array(numbers[:PER_REASON])).to_pylist()
         cards = "".join(_card(root, row, row["detail"]) for row in rows)
@@ -207,8 +207,9 @@ def _card(root: Path, row: dict[str, Any], note: str) -> str:
     thumb = _thumb(root, row)
     picture = thumb or "<div class=blank>no picture</div>"
     name = _text(row["name"] or "")
+    short = "/".join(name.split("/")[-2:])
     return (
-        f"<figure>{picture}<figcaption title='{name}'>{name.rpartition('/')[2]}<br>"
+        f"<figure>{picture}<figcaption title='{name}'>{short}<br>"
         f"<i>{_text(note or '')}</i></figcaption></figure>"
     )
 
