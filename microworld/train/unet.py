@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .pictures import Pictures, pictures
 from .text import END, TextEncoders, tokenize
 from .vae import Autoencoder
 
-OPTIONS = LoopOptions(steps=7000, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
+OPTIONS = LoopOptions(steps=5200, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
 BATCH = 32
 SHARD = 2_000
 STRANGE = 1000  # a token id no caption has
@@ -64,6 +65,8 @@ class TextToImage(nn.Module):
         # In bfloat16 on a CPU, plain products are six times as fast as the fused attention.
         self.unet.set_attn_processor(AttnProcessor())
         self.text = TextEncoders()
+        # Compiled, a step takes 0.7 of the time; the compiler's work is kept between runs.
+        self.run_unet = torch.compile(self.unet) if shutil.which("g++") else self.unet
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -128,10 +131,12 @@ def _loss(
     kept = torch.from_numpy(rng.random((BATCH, 1)) >= DROP_POOLED).float()
     with torch.autocast("cpu", torch.bfloat16):
         context, pooled = model.text(tokens)
-        made = model.unet(
+        made = model.run_unet(
             noisy, times, context,
-            added_cond_kwargs={"text_embeds": pooled * kept, "time_ids": data.ids[chosen]},
-        ).sample
+            added_cond_kwargs={"text_embeds": pooled * kept.to(pooled.dtype),
+                               "time_ids": data.ids[chosen]},
+            return_dict=False,
+        )[0]
     loss = F.mse_loss(made.float(), noise)
     return loss, {}
 
