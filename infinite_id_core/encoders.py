@@ -372,7 +372,7 @@ def _empty_tower(config: Mapping[str, Any], model: str) -> nn.Module:
             f"Those that fit: {', '.join(open_clip_models())}."
         )
     if not hasattr(visual, "forward_intermediates"):
-        raise EncoderError("open_clip is too old. Install open_clip_torch 2.30 or newer.")
+        raise EncoderError("open_clip is too old. Install open_clip_torch 2.32 or newer.")
     tokens = visual.grid_size[0] * visual.grid_size[1] + 1
     if tokens != CLIP_TOKENS:
         raise EncoderError(
