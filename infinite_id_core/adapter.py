@@ -16,6 +16,7 @@ from .identity import identity_record as _identity_record
 from .layers import CrossAttentionLayer
 
 FACE_HIDDEN = 1024
+_MAX_WIDTH = 2**16  # far above any encoder's; keeps the sizes a file claims printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for name in ("clip_width", "context_width", "face_width", "face_tokens"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _MAX_WIDTH:
+                raise OptionError(
+                    f"{name} must lie in [1, {_MAX_WIDTH}], got {getattr(self, name)}."
+                )
+        if self.training_step < 0:
+            raise OptionError(f"training_step must not be negative, got {self.training_step}.")
         if self.embedding not in EMBEDDING or self.clip_layer not in CLIP_LAYER:
             raise OptionError(
                 f"embedding must be one of {EMBEDDING} and clip_layer one of {CLIP_LAYER}; got "
@@ -154,6 +159,7 @@ def check_identity(adapter: AdapterConfig, identity: Identity) -> None:
         "clip_model": adapter.clip_model,
         "clip_layer": adapter.clip_layer,
         "clip_width": adapter.clip_width,
+        "face_width": adapter.face_width,
     }
     check_match("the adapter", dict(wanted), "the identity", _identity_record(identity))
 

@@ -12,8 +12,10 @@ import math
 import os
 import re
 import secrets
+import stat
+import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from .errors import (
     NewerVersionError,
     NotFiniteError,
     NotSafetensorsError,
+    NotWrittenError,
     OptionError,
     OverlappingOffsetsError,
     TruncatedFileError,
@@ -50,6 +53,8 @@ VERSION = 1
 
 MAX_HEADER = 16 * 2**20  # bytes; SDXL's 70 layers need 20 kB
 MAX_REFERENCES = 4096
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**63
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -109,7 +114,10 @@ def build_adapter(
 
 
 def write_adapter(path: str | Path, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter file atomically, in ``dtype`` (default: as it is)."""
+    """Write an adapter file atomically, in ``dtype`` (default: as it is).
+
+    Raises ``NotFiniteError`` or ``NotWrittenError``; a file that was there before stays.
+    """
     tensors = {
         name: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous()
         for name, t in adapter.state_dict().items()
@@ -146,12 +154,13 @@ def _adapter_shapes(
         }
     layer = re.compile(
         r"layers\.(?P<path>(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+"
-        r"\.transformer_blocks\.\d+)\.to_[kv]\.weight"
+        r"\.transformer_blocks\.\d+)\.to_[kv]\.weight",
+        re.ASCII,
     )
     for name, shape in shapes.items():
         match = layer.fullmatch(name)
         if match:
-            width = shape[0] if len(shape) == 2 else 0
+            width = shape[0] if shape else 1
             for part in ("to_k", "to_v"):
                 wanted.setdefault(f"layers.{match['path']}.{part}.weight", (width, c))
     if not any(name.startswith("layers.") for name in wanted):
@@ -173,16 +182,21 @@ def read_identity(path: str | Path) -> Identity:
         raise ConfigError(path, f"bad identity configuration: {error}") from error
     shapes = {name: entry.shape for name, entry in header.tensors.items()}
     n = shapes["weight"][0] if len(shapes.get("weight", ())) == 1 else 1
-    d = shapes["clip"][2] if len(shapes.get("clip", ())) == 3 else 0
+    clip = shapes.get("clip", (n, CLIP_TOKENS, 1))
+    if len(clip) != 3:
+        raise WrongShapeError(
+            path, f"clip has shape {list(clip)}; expected [{n}, {CLIP_TOKENS}, encoder's width]."
+        )
     if not 1 <= n <= MAX_REFERENCES:
         raise WrongShapeError(path, f"holds {n} references; expected 1 to {MAX_REFERENCES}.")
     wanted: dict[str, tuple[int, ...]] = {
         "face": (n, FACE_WIDTH),
-        "clip": (n, CLIP_TOKENS, d),
+        "clip": (n, CLIP_TOKENS, clip[2]),
         "weight": (n,),
     }
     _check_shapes(path, shapes, wanted)
-    tensors = _read_tensors(path, header)
+    # Copies: loaded tensors are a view of the file, which Windows then refuses to replace.
+    tensors = {name: tensor.clone() for name, tensor in _read_tensors(path, header).items()}
     try:
         return Identity(
             face=tensors["face"].float(),
@@ -195,7 +209,10 @@ def read_identity(path: str | Path) -> Identity:
 
 
 def write_identity(path: str | Path, identity: Identity) -> None:
-    """Write an identity file atomically. It holds biometric features, and no photo."""
+    """Write an identity file atomically. It holds biometric features, and no photo.
+
+    Raises ``NotFiniteError`` or ``NotWrittenError``; a file that was there before stays.
+    """
     clip = identity.clip if identity.clip.dtype == torch.float16 else identity.clip.float()
     tensors = {
         "face": identity.face.float().cpu().contiguous(),
@@ -208,15 +225,20 @@ def write_identity(path: str | Path, identity: Identity) -> None:
 def identity_path(folder: str | Path, name: str) -> Path:
     """The file of an identity by its name; the name never leaves ``folder``.
 
-    Allowed: letters, digits, spaces and ``-_.()+``, not starting with a dot, at most 100
-    characters, not a name Windows reserves. Raises ``NameNotAllowedError``.
+    Allowed: letters and digits of any script, spaces and ``-_.()+``, starting with a letter or
+    digit, at most 100 characters and 200 bytes (file systems end at 255), not a name Windows
+    reserves. Raises ``NameNotAllowedError``.
     """
-    stem = name.strip().removesuffix(".safetensors")
-    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", stem)
-    if reserved or not re.fullmatch(r"[^\W_][\w \-.()+]{0,99}", stem) or stem[-1] in ". ":
+    stem = unicodedata.normalize("NFC", name.strip().removesuffix(".safetensors"))
+    # Letters of many scripts carry marks (category M), which \w leaves out.
+    plain = all(c in " -_.()+" or unicodedata.category(c)[0] in "LMN" for c in stem)
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)[\d¹²³])\s*(\..*)?", stem)
+    fits = len(stem) <= 100 and len(stem.encode("utf-8", "replace")) <= 200
+    if not (plain and fits and stem[:1].isalnum() and stem[-1] not in ". ") or reserved:
+        shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
         raise NameNotAllowedError(
-            f"Expected a plain name such as 'anna' (letters, digits, spaces, - _ . ( ) +), got "
-            f"{name!r}. Folders are not part of the name."
+            "Expected a plain name such as 'anna' (at most 100 letters, digits, spaces, - _ . ( ) "
+            f"+), got {shown}. Folders are not part of the name."
         )
     return Path(folder) / f"{stem}.safetensors"
 
@@ -231,17 +253,26 @@ def read_header(path: str | Path) -> Header:
     ``HeaderTooLargeError``, ``HeaderError``, ``OverlappingOffsetsError``.
     """
     path = Path(path)
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise FileMissingError(path, f"cannot be opened ({error.strerror}).") from error
+
+
+def _read_header(path: Path) -> Header:
     if not path.is_file():
-        raise FileMissingError(path, "no such file.")
+        raise FileMissingError(path, "is a folder." if path.is_dir() else "no such file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(_PICKLES):
+        # A header of 640 bytes starts like a pickle, too; its JSON opens with a brace.
+        if start.startswith(_PICKLES) and file.read(1) != b"{":
             raise NotSafetensorsError(
                 path,
                 "is a pickle (or zip) whatever its name says, and was not opened. Convert it "
                 "with 'python -m trainer convert' if you trust its source.",
             )
+        file.seek(8)
         if len(start) < 8:
             raise TruncatedFileError(path, f"is {size} bytes long, too short for any file.")
         length = int.from_bytes(start, "little")
@@ -261,7 +292,7 @@ def read_header(path: str | Path) -> Header:
 
 def _parse_header(path: Path, raw: bytes, data_size: int) -> Header:
     try:
-        values = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
         metadata = values.pop("__metadata__", {})
         tensors = {name: _entry(value) for name, value in values.items()}
         if not all(isinstance(v, str) for v in metadata.values()):
@@ -287,12 +318,22 @@ def _entry(value: Any) -> TensorEntry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
     dtype = value["dtype"]
-    if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+    if len(shape) > _MAX_DIMENSIONS:  # a product of millions of numbers takes hours
+        raise ValueError(f"a tensor has {len(shape)} dimensions")
+    if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (start, end, *shape)):
         raise ValueError("shapes and offsets must be whole numbers")
     width = _FLOATS.get(dtype)
     if end < start or (width is not None and end - start != math.prod(shape) * width):
         raise ValueError(f"a tensor of shape {list(shape)} {dtype} cannot have {end - start} bytes")
     return TensorEntry(dtype=dtype, shape=shape, start=start, end=end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON readers disagree on which of two equal names holds; so neither does."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return values
 
 
 def _config_of(path: Path, header: Header, wanted: str) -> dict[str, Any]:
@@ -303,7 +344,7 @@ def _config_of(path: Path, header: Header, wanted: str) -> dict[str, Any]:
             f"Its first tensors are {sorted(header.tensors)[:3]}."
         )  # fmt: skip
     version = header.metadata.get("version", "")
-    if not version.isdecimal() or len(version) > 9:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise ConfigError(path, f"version must be a whole number, found {version!r}.")
     if int(version) > VERSION:
         raise NewerVersionError(
@@ -311,7 +352,9 @@ def _config_of(path: Path, header: Header, wanted: str) -> dict[str, Any]:
             f"{VERSION}. Update Infinite-ID."
         )  # fmt: skip
     try:
-        values = json.loads(header.metadata.get("config", ""))
+        values = json.loads(
+            header.metadata.get("config", ""), object_pairs_hook=_without_duplicates
+        )
     except (ValueError, RecursionError) as error:
         raise ConfigError(path, f"its configuration is not JSON ({error}).") from error
     if not isinstance(values, dict):
@@ -332,7 +375,9 @@ def _check_shapes(
             path, f"has {len(extra)} tensors this format does not know, e.g. {extra[:3]}."
         )
     for name, shape in wanted.items():
-        if found[name] != shape or 0 in shape:
+        if 0 in found[name]:
+            raise WrongShapeError(path, f"{name} is empty (shape {list(found[name])}).")
+        if found[name] != shape:
             raise WrongShapeError(
                 path, f"{name} has shape {list(found[name])}; expected {list(shape)}."
             )
@@ -363,8 +408,13 @@ def _write(
         "version": str(VERSION),
         "config": json.dumps(config, sort_keys=True),
     }
-    with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise NotWrittenError(
+            path, f"could not be written ({error}). A file that was there before is unchanged."
+        ) from error
 
 
 @contextmanager
@@ -372,15 +422,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it replaces ``path`` in one step.
 
     The data is on disk (fsync) before the rename, so a crash or ``kill -9`` at any moment leaves
-    either the old file or the whole new one. On an exception nothing changes.
+    either the old file or the whole new one. On an exception nothing changes. The new file has
+    the old one's permissions, or those the umask gives.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp: its files are for their owner alone, and so would be what replaces `path`.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     temporary.open("xb").close()
+    mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
     try:
         yield temporary
+        _set_mode(temporary, mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -390,14 +443,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def _set_mode(path: Path, mode: int) -> None:
+    """safetensors writes files that only their owner reads, whatever the umask."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(OSError):  # not every file system has permissions
+            path.chmod(mode)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable; Windows has no such call and needs none."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):  # the file is in place; some network file systems refuse this
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 __all__ = [

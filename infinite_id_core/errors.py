@@ -16,10 +16,15 @@ class OptionError(InfiniteIDError, ValueError):
 # --- files -----------------------------------------------------------------------------------
 
 
+MAX_PROBLEM = 4000  # characters
+
+
 class FileError(InfiniteIDError):
     """A file is not what it should be. The message starts with its path."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
+        if len(problem) > MAX_PROBLEM:  # names and values out of a hostile file can be megabytes
+            problem = f"{problem[:MAX_PROBLEM]} [...]"
         super().__init__(f"{path}: {problem}")
         self.path = Path(path)
         self.problem = problem
@@ -82,6 +87,10 @@ class WrongDtypeError(FileError):
 
 class NotFiniteError(FileError):
     """A tensor holds NaN or infinity."""
+
+
+class NotWrittenError(FileError):
+    """A file could not be written: disk full, no permission. What was there before is unchanged."""
 
 
 class NameTakenError(FileError):

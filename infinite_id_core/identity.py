@@ -97,11 +97,12 @@ def stack(identities: Sequence[Identity], weights: Sequence[float] | None = None
     scale = [1.0] * len(identities) if weights is None else list(weights)
     if len(scale) != len(identities):
         raise OptionError(f"{len(identities)} identities need as many weights, got {len(scale)}.")
+    names = [i.config.name for i in identities if i.config.name]
     return Identity(
         face=torch.cat([i.face for i in identities]),
         clip=torch.cat([i.clip for i in identities]),
         weight=torch.cat([i.weight * s for i, s in zip(identities, scale, strict=True)]),
-        config=replace(first.config, name=" + ".join(i.config.name for i in identities)),
+        config=replace(first.config, name=" + ".join(names)),
     )
 
 
@@ -160,6 +161,7 @@ def _record(identity: Identity) -> dict[str, object]:
         "clip_model": config.clip_model,
         "clip_layer": config.clip_layer,
         "clip_width": identity.clip_width,
+        "face_width": identity.face.shape[1],
     }
 
 
@@ -179,7 +181,7 @@ def check_match(
 
 
 def identity_record(identity: Identity) -> dict[str, object]:
-    """What an adapter must agree with: recogniser, embedding, encoder, layer and width."""
+    """What an adapter must agree with: recogniser, embedding, encoder, layer and widths."""
     return _record(identity)
 
 

@@ -54,10 +54,13 @@ def layers_from_ldm(shapes: Shapes) -> tuple[CrossAttentionLayer, ...]:
             block: BlockKey = ("middle", 0, int(depth))
             parent = "mid_block.attentions.0"
         else:
-            level, position = (inputs if side == "input" else outputs)[int(number)]
+            places = inputs if side == "input" else outputs
+            if int(number) not in places:
+                raise NotSDXLError(f"Expected no transformer in the UNet's first block: {name}.")
+            level, position = places[int(number)]
             block = (side, int(number), int(depth))
             parent = f"{'down' if side == 'input' else 'up'}_blocks.{level}.attentions.{position}"
-        found.append(_layer(f"{parent}.transformer_blocks.{depth}", block, shape))
+        found.append(_layer(f"{parent}.transformer_blocks.{depth}", block, name, shape))
     return _checked(found, pooled="label_emb.0.0.weight" in shapes)
 
 
@@ -84,11 +87,16 @@ def layers_from_diffusers(shapes: Shapes) -> tuple[CrossAttentionLayer, ...]:
             before = sum(resnets[side, i] + (side == "down") for i in range(int(level)))
             number = before + int(position) + (side == "down")
             block = ("input" if side == "down" else "output", number, int(depth))
-        found.append(_layer(path, block, shape))
+        found.append(_layer(path, block, name, shape))
     return _checked(found, pooled="add_embedding.linear_1.weight" in shapes)
 
 
-def _layer(path: str, block: BlockKey, shape: Sequence[int]) -> CrossAttentionLayer:
+def _layer(path: str, block: BlockKey, name: str, shape: Sequence[int]) -> CrossAttentionLayer:
+    if len(shape) != 2:
+        raise NotSDXLError(
+            f"Expected a matrix [width, context width] at {name}, got shape {list(shape)}. "
+            "A quantised UNet must give the sizes of its layers."
+        )
     return CrossAttentionLayer(path=path, block=block, width=shape[0], context_width=shape[1])
 
 
