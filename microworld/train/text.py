@@ -38,6 +38,14 @@ def used_ids() -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def row_of_ids() -> torch.Tensor:
+    """[49408]: each token id's place in `used_ids`; unused ids share the place after the last."""
+    ids = used_ids()
+    rows = torch.full((int(TEXT_L["vocab_size"]),), len(ids))
+    rows[list(ids)] = torch.arange(len(ids))
+    return rows
+
+
 class TextEncoders(nn.Module):
     """Both encoders; `forward` gives what SDXL's UNet reads.
 
@@ -50,9 +58,7 @@ class TextEncoders(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         ids = used_ids()
-        rows = torch.full((int(TEXT_L["vocab_size"]),), len(ids))
-        rows[list(ids)] = torch.arange(len(ids))
-        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("rows", row_of_ids(), persistent=False)
         self.end_row = ids.index(END)
         own = {"vocab_size": len(ids) + 1, "eos_token_id": self.end_row, "bos_token_id": 0,
                "pad_token_id": 0, "attn_implementation": "eager"}

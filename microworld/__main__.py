@@ -1,0 +1,82 @@
+"""The microworld's own commands.
+
+    python -m microworld sheet OUT.png            a contact sheet of people and styles
+    python -m microworld train --everything       train every base model; resumes where it was
+    python -m microworld train --only unet        one of them, and what it needs
+    python -m microworld export                   write microworld/weights from the checkpoints
+    python -m microworld check                    pictures and scores of the trained base
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+RUNS = Path("runs") / "microworld"
+PIECES = ("vae", "unet", "recogniser", "scorer", "attributes", "open_clip", "detector")
+ALIASES = {"clip": "unet"}  # the text encoders are trained with the UNet
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m microworld", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    sheet = commands.add_parser("sheet", help="draw a contact sheet")
+    sheet.add_argument("out", type=Path)
+    train = commands.add_parser("train", help="train, or resume")
+    chosen = train.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--everything", action="store_true")
+    chosen.add_argument("--only", choices=(*PIECES, *ALIASES))
+    train.add_argument("--threads", type=int, default=2)
+    export = commands.add_parser("export", help="write microworld/weights")
+    export.add_argument("--only", choices=PIECES[:-1], action="append")
+    check = commands.add_parser("check", help="sample the base and score it")
+    check.add_argument("--out", type=Path, default=RUNS / "check.png")
+    check.add_argument("--pictures", type=int, default=96)
+    for command in (train, export, check):
+        command.add_argument("--runs", type=Path, default=RUNS, help="folder of checkpoints")
+    options = parser.parse_args(arguments)
+    {"sheet": _sheet, "train": _train, "export": _export, "check": _check}[options.command](options)
+
+
+def _sheet(options: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from .scoring import contact_sheet
+
+    Image.fromarray(contact_sheet()).save(options.out)
+    print(options.out)
+
+
+def _train(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    from .train import pieces
+
+    only = ALIASES.get(options.only, options.only)
+    for name in PIECES if options.everything else [only]:
+        pieces.train_piece(name, options.runs)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .train.export import EXPORTS
+
+    for name in options.only or EXPORTS:
+        path = EXPORTS[name](options.runs)
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from .train.check import check
+
+    for line in check(options.runs, options.out, options.pictures):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
