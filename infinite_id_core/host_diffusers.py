@@ -13,7 +13,6 @@ Rows of a call: ``n`` prompts side by side, each with its text rows followed by 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,22 +20,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .adapter import Adapter, KeyValue, check_identity, check_layers
-from .attention import (
-    MAX_STRENGTH,
-    IdentityTerm,
-    Kernel,
-    StreamOptions,
-    identity_attention,
-    merged_cross_attention,
-    mixed_attention,
-)
+from .attention import IdentityTerm, Kernel, StreamOptions, identity_attention
 from .errors import OptionError
-from .identity import Identity, null_features
+from .identity import null_features
 from .layers import CrossAttentionLayer, layers_from_diffusers
 from .schedule import SCHEDULER, TIMESTEPS, NoiseSchedule, Scheduler
+from .streams import (
+    IdentityPlacement,
+    identity_half,
+    mask_tokens,
+    two_stream_cross_attention,
+    two_stream_self_attention,
+)
 
 # In training nothing aligns the identity's keys and values to a text's: there is none.
 _PLAIN = StreamOptions(mixing="off", style="off")
@@ -197,27 +195,13 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AppliedIdentity:
-    """An identity, how strongly, when and where it speaks. ``adapter`` is on the UNet's device."""
+class AppliedIdentity(IdentityPlacement):
+    """An identity, where it speaks, and the adapter that reads it, on the UNet's device."""
 
     adapter: Adapter
-    identity: Identity
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    mask: Tensor | None = None
-    """``[1 or b, H, W]`` in [0, 1], in picture space; None is everywhere."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= MAX_STRENGTH:
-            raise OptionError(f"strength must lie in [0, {MAX_STRENGTH}], got {self.strength}.")
-        if not 0.0 <= self.start_percent <= self.end_percent <= 1.0:
-            raise OptionError(
-                "start_percent and end_percent must satisfy 0 <= start <= end <= 1, got "
-                f"{self.start_percent} and {self.end_percent}."
-            )
-        if self.mask is not None and (self.mask.ndim != 3 or 0 in self.mask.shape):
-            raise OptionError(f"A mask must be [batch, H, W], got {list(self.mask.shape)}.")
+        super().__post_init__()
         check_identity(self.adapter.config, self.identity)
 
 
@@ -284,8 +268,8 @@ def _euler(run: _Run, x: Tensor, sigmas: Tensor, progress: Progress | None) -> T
         clean = run.denoise(x, sigma)
         x = x + (x - clean) / sigma * (following - sigma)
         if progress is not None:
-            progress(i + 1, steps, _identity_half(clean) if doubled else clean)
-    return _identity_half(x) if doubled else x
+            progress(i + 1, steps, identity_half(clean) if doubled else clean)
+    return identity_half(x) if doubled else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,12 +329,12 @@ class _Run:
         if active:
             if own:
                 return self._guided(x, sigma, active)
-            return _identity_half(self._guided(torch.cat([x, x]), sigma, active))
+            return identity_half(self._guided(torch.cat([x, x]), sigma, active))
         text_needed = self.begun and any(e <= level for _, e in self.ranges)
         if self.applied and own and not text_needed:
             # Before the first identity step both streams are one; after the last, nobody reads
             # the text stream.
-            half = self._guided(_identity_half(x), sigma, active)
+            half = self._guided(identity_half(x), sigma, active)
             return torch.cat([half, half])
         return self._guided(x, sigma, active)
 
@@ -386,7 +370,10 @@ class _Run:
             encoder_hidden_states=torch.cat([context for context, _ in text]),
             added_cond_kwargs={
                 "text_embeds": torch.cat([pooled for _, pooled in text]),
-                "time_ids": like.new_tensor([self.size_ids]).repeat(rows, 1),
+                # float32 whatever the UNet is: bfloat16 cannot count to 1000.
+                "time_ids": torch.tensor(
+                    [self.size_ids], dtype=torch.float32, device=x.device
+                ).repeat(rows, 1),
             },
             return_dict=False,
         )[0]
@@ -438,14 +425,7 @@ class _Run:
             return None
         key = (index, q.shape[1])
         if key not in self.masks:
-            grid = token_grid(self.canvas, q.shape[1])
-            tokens = interpolate(
-                mask.to(device=q.device, dtype=torch.float32)[:, None],
-                size=grid,
-                mode="bilinear",
-                antialias=True,
-            )
-            self.masks[key] = tokens.flatten(2).transpose(1, 2)
+            self.masks[key] = mask_tokens(mask.to(q.device), self.canvas, q.shape[1])
         return self.masks[key].to(q.dtype)
 
 
@@ -469,11 +449,8 @@ class _SelfAttention:
         kernel, call = sdpa(attn.heads), self.run.call
         if call is None:
             return _out(attn, kernel(q, k, v))
-        chunks = len(call.null)
-        (q_t, q_id), (k_t, k_id), (v_t, v_id) = (_streams(x, chunks) for x in (q, k, v))
-        text = kernel(q_t, k_t, v_t)
-        identity = mixed_attention(q_id, k_id, v_id, k_t, v_t, self.run.options, kernel)
-        return _out(attn, _join(text, identity, chunks))
+        chunks, options = len(call.null), self.run.options
+        return _out(attn, two_stream_self_attention(q, k, v, chunks, options, kernel))
 
 
 class _CrossAttention:
@@ -499,51 +476,10 @@ class _CrossAttention:
         text_out = kernel(q, k, v)
         if call is None:
             return _out(attn, text_out)
-        chunks = len(call.null)
-        text, _ = _streams(text_out, chunks)
-        parts = [_streams(x, chunks)[1].chunk(chunks) for x in (q, k, v, text_out)]
-        identity = [
-            merged_cross_attention(
-                q_c,
-                self.run.terms(self.path, null, q_c),
-                k_c,
-                v_c,
-                out_c,
-                self.run.options,
-                kernel,
-            )
-            for null, q_c, k_c, v_c, out_c in zip(call.null, *parts, strict=True)
-        ]
-        return _out(attn, _join(text, torch.cat(identity), chunks))
 
+        def terms(chunk: int, q: Tensor) -> list[IdentityTerm]:
+            return self.run.terms(self.path, call.null[chunk], q)
 
-# --- rows and tokens -------------------------------------------------------------------------
-
-
-def _identity_half(x: Tensor) -> Tensor:
-    return x[x.shape[0] // 2 :]
-
-
-def _streams(x: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """Rows of ``chunks`` prompts ``[chunks * 2 * b, N, C]`` -> text and identity rows."""
-    both = x.view(chunks, 2, -1, *x.shape[1:])
-    return both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
-
-
-def _join(text: Tensor, identity: Tensor, chunks: int) -> Tensor:
-    """Inverse of ``_streams``."""
-    parts = [x.reshape(chunks, -1, *x.shape[1:]) for x in (text, identity)]
-    return torch.stack(parts, dim=1).flatten(0, 2)
-
-
-def token_grid(size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Height and width of a layer's token grid for a latent of ``size``; strides round up.
-
-    Raises ``OptionError`` where no number of halvings gives ``tokens``.
-    """
-    height, width = size
-    while height * width > tokens and (height > 1 or width > 1):
-        height, width = math.ceil(height / 2), math.ceil(width / 2)
-    if height * width != tokens:
-        raise OptionError(f"A latent of {size} has no layer of {tokens} tokens.")
-    return height, width
+        chunks, options = len(call.null), self.run.options
+        out = two_stream_cross_attention(q, k, v, text_out, chunks, terms, options, kernel)
+        return _out(attn, out)

@@ -1,0 +1,86 @@
+"""Tensors that are computed once: packs of safetensors, found by a hash of all that made them.
+
+A key covers the photo, the model and the options, so a stale entry is simply never asked for.
+Each pack is written in one step; a damaged one is deleted and its entries computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infinite_id_core.checkpoint import read_header, replacing
+from infinite_id_core.errors import FileError
+
+from ..errors import disk_errors
+
+PACK = 128  # entries per file
+_OPEN = 16  # files kept open per process
+
+_log = logging.getLogger(__name__)
+
+
+def key_of(*values: object) -> str:
+    """The name of a cached tensor: a hash of the plain values that it is made from."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class FeatureCache:
+    """A folder of packs. Safe to read in worker processes; one writer per entry."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._packs: dict[str, Path] = {}
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is there: another process may have written."""
+        known = set(self._packs.values())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path in known:
+                continue
+            try:
+                names = read_header(path).tensors
+            except FileError as error:
+                _log.warning("Computing the contents of a damaged cache file again: %s", error)
+                path.unlink(missing_ok=True)
+                continue
+            self._packs.update(dict.fromkeys(names, path))
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that are not there, once each, in order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._packs]
+
+    def write(self, entries: Mapping[str, Tensor]) -> None:
+        """Keep some tensors. Raises ``DiskFullError``; nothing half-written stays."""
+        path = self.folder / f"{key_of(*sorted(entries))}.safetensors"
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in entries.items()}
+        with disk_errors(path), replacing(path) as temporary:
+            save_file(tensors, temporary)
+        self._packs.update(dict.fromkeys(tensors, path))
+
+    def read(self, key: str) -> Tensor:
+        """One tensor."""
+        path = self._packs[key]
+        file = self._open.pop(path, None)
+        if file is None:
+            if len(self._open) >= _OPEN:
+                self._open.popitem(last=False)
+            file = safe_open(path, framework="pt")
+        self._open[path] = file
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}

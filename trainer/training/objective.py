@@ -1,0 +1,92 @@
+"""Eq. 3: the noise a frozen SDXL predicts from the identity alone, and what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from infinite_id_core.adapter import Adapter
+from infinite_id_core.schedule import NoiseSchedule
+
+Batch = dict[str, Tensor]
+
+
+class TrainingModel(nn.Module):
+    """The adapter as the one module that learns; the UNet stands beside it, not inside.
+
+    So data parallelism sees, synchronises and casts the adapter only. The UNet must have
+    ``identity_training``'s processors for the same adapter.
+    """
+
+    def __init__(self, adapter: Adapter, unet: Any, pooled_width: int) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.pooled_width = pooled_width
+        self._frozen = (unet,)  # in a tuple: not registered
+
+    def forward(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """The UNet's output ``[B, 4, h, w]`` for ``noisy`` of that shape.
+
+        ``batch`` as ``samples.collate`` gives it. Pooled text is zeros where text is off.
+        """
+        unet = self._frozen[0]
+        rows = noisy.shape[0]
+        tokens = self.adapter.tokens(batch["face"], batch["clip"])
+        tokens = tokens.reshape(rows, -1, tokens.shape[-1])
+        if "context" in batch:
+            tokens = torch.cat([batch["context"].to(tokens.dtype), tokens], dim=1)
+            pooled = batch["pooled"]
+        else:
+            pooled = noisy.new_zeros(rows, self.pooled_width)
+        like = unet.conv_in.weight
+        output = unet(
+            noisy.to(like.dtype),
+            batch["timestep"],
+            encoder_hidden_states=tokens,
+            added_cond_kwargs={
+                "text_embeds": pooled.to(like.dtype),
+                "time_ids": batch["size_ids"],  # float32: bfloat16 cannot count to 1000
+            },
+            return_dict=False,
+        )[0]
+        return cast(Tensor, output)
+
+
+class Objective:
+    """Noise, targets and weights of the diffusion loss."""
+
+    def __init__(self, schedule: NoiseSchedule, min_snr: float, device: torch.device) -> None:
+        """``min_snr``: gamma of min-SNR weighting, 0 for none."""
+        self.schedule = schedule
+        self.min_snr = min_snr
+        self.alphas = schedule.alphas_cumprod.float().to(device)
+
+    def noisy(self, batch: Batch) -> Tensor:
+        """The noised latents ``[B, 4, h, w]`` at each sample's timestep."""
+        signal, noise = self._scales(batch)
+        return signal * batch["latent"] + noise * batch["noise"]
+
+    def losses(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each sample's weighted and plain mean squared error, both ``[B]`` float32."""
+        signal, noise = self._scales(batch)
+        target = batch["noise"]
+        if self.schedule.prediction == "v":
+            target = signal * batch["noise"] - noise * batch["latent"]
+        plain = mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        return plain * self._weights(batch["timestep"]), plain.detach()
+
+    def _scales(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas[batch["timestep"]].view(-1, 1, 1, 1)
+        return alpha.sqrt(), (1.0 - alpha).sqrt()
+
+    def _weights(self, timestep: Tensor) -> Tensor:
+        """Min-SNR-gamma (Hang et al. 2023): min(SNR, gamma) / SNR, over SNR + 1 for v."""
+        alpha = self.alphas[timestep]
+        if self.min_snr == 0.0:
+            return torch.ones_like(alpha)
+        snr = alpha / (1.0 - alpha)
+        over = snr + 1.0 if self.schedule.prediction == "v" else snr
+        return snr.clamp(max=self.min_snr) / over

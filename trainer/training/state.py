@@ -1,0 +1,215 @@
+"""Checkpoints: folders ``step-00001000`` that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infinite_id_core.checkpoint import read_adapter, write_adapter
+from infinite_id_core.errors import FileError
+
+from ..config import TrainConfig
+from ..errors import ResumeError, disk_errors
+
+STATE, CONFIG, ADAPTER, AVERAGE = "state.pt", "run.json", "adapter.safetensors", "ema.safetensors"
+_NAME = re.compile(r"step-(\d{8})")
+_PART = ".part"
+
+# What may differ between a run and its continuation; the rest decides the weights.
+_FREE = {
+    "run": {"output", "steps", "device", "dtype", "licence_note"},
+    "data": {"workers", "folder", "cache"},
+    "checkpoints": {"every", "keep"},
+    "log": {"tensorboard", "every", "bands"},
+    "model": {"unet", "vae", "text_encoders"},  # their fingerprints are compared instead
+    "encoder": {"clip_weights"},
+    "previews": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run is: it may only be resumed as the same."""
+
+    config: dict[str, Any]
+    """``TrainConfig.to_json``."""
+    fingerprints: dict[str, str]
+    """Of the dataset and the frozen models."""
+    world: int
+    """Processes."""
+    step: int = 0
+
+    def check(self, other: RunRecord, path: Path) -> None:
+        """Raise ``ResumeError`` where ``other``, read from ``path``, is another run."""
+        changed = [
+            f"{section}.{key}: {before!r} then, {after!r} now"
+            for section, key, before, after in _differences(other.config, self.config)
+        ]
+        changed += [
+            f"the {name} has changed"
+            for name, value in self.fingerprints.items()
+            if other.fingerprints.get(name) != value
+        ]
+        if self.world != other.world:
+            changed.append(f"processes: {other.world} then, {self.world} now")
+        if changed:
+            raise ResumeError(
+                f"{path} belongs to a run with other settings. {'; '.join(changed)}. Set them "
+                "back to go on, or start anew in another run.output (adapter.start_from takes "
+                "over the weights)."
+            )
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, str, Any, Any]]:
+    found = []
+    for section, values in after.items():
+        free = _FREE.get(section, set())
+        if free is None:
+            continue
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if key not in free and old != value:
+                found.append((section, key, old, value))
+    # A cosine's shape depends on its end.
+    steps = before.get("run", {}).get("steps"), after["run"]["steps"]
+    if after["optimiser"]["schedule"] == "cosine" and steps[0] != steps[1]:
+        found.append(("run", "steps", *steps))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Everything that changes while training."""
+
+    adapter: Any
+    """The learning ``Adapter``."""
+    optimiser: Any
+    average: Any | None
+    """The averaged ``Adapter``."""
+    scaler: Any | None
+    """fp16's loss scale."""
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Take everything from a checkpoint. Raises ``ResumeError``."""
+        try:
+            values = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            self.adapter.load_state_dict(read_adapter(folder / ADAPTER).state_dict())
+            if self.average is not None:
+                self.average.load_state_dict(read_adapter(folder / AVERAGE).state_dict())
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, FileError) as error:
+            raise ResumeError(
+                f"{folder}: the checkpoint is damaged ({error}). Delete the folder to go on from "
+                "the one before."
+            ) from error
+        self.optimiser.load_state_dict(values["optimiser"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(values["scaler"])
+
+
+def save(folder: Path, record: RunRecord, snapshot: Snapshot) -> Path:
+    """Write ``folder/step-...`` in one step and return it. Raises ``DiskFullError``."""
+    final = folder / f"step-{record.step:08d}"
+    part = folder / f".{final.name}{_PART}"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk_errors(part):
+            part.mkdir(parents=True)
+            write_adapter(part / ADAPTER, snapshot.adapter)
+            if snapshot.average is not None:
+                write_adapter(part / AVERAGE, snapshot.average)
+            values = {
+                "optimiser": _on_cpu(snapshot.optimiser.state_dict()),
+                "scaler": snapshot.scaler.state_dict() if snapshot.scaler is not None else None,
+            }
+            with (part / STATE).open("wb") as file:
+                torch.save(values, file)
+                _sync(file.fileno())
+            with (part / CONFIG).open("w", encoding="utf-8") as text:
+                json.dump(vars(record), text, indent=1, sort_keys=True)
+                text.flush()
+                _sync(text.fileno())
+            if final.exists():  # the same step again, after a resume from an older one
+                shutil.rmtree(final)
+            os.replace(part, final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return final
+
+
+def _sync(handle: int) -> None:
+    os.fsync(handle)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Delete all but the newest ``count`` checkpoints, and what killed runs left half-written."""
+    for path in checkpoints(folder)[:-count]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".step-*{_PART}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def read_record(path: Path) -> RunRecord:
+    """What a checkpoint is of. Raises ``ResumeError``."""
+    try:
+        return RunRecord(**json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(
+            f"{path}: is no checkpoint of this trainer ({error}). Expected a folder step-... with "
+            f"{CONFIG}, {STATE} and {ADAPTER}."
+        ) from error
+
+
+def find_checkpoint(config: TrainConfig, resume: str) -> Path | None:
+    """The checkpoint to start from: ``auto`` the newest if any, ``none``, or a path.
+
+    Raises ``ResumeError`` for a path without one, and for ``none`` where the output folder has
+    checkpoints that a new run would mix with.
+    """
+    folder = checkpoint_folder(config)
+    found = checkpoints(folder)
+    if resume == "auto":
+        return found[-1] if found else None
+    if resume == "none":
+        if found:
+            raise ResumeError(
+                f"{folder} holds {len(found)} checkpoints of another run. Choose another "
+                "run.output, or delete them, or resume with --resume auto."
+            )
+        return None
+    read_record(Path(resume))
+    return Path(resume)
+
+
+def checkpoint_folder(config: TrainConfig) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(config.run.output) / "checkpoints"
