@@ -214,5 +214,5 @@ def _is_edge(key: str, dimension: int) -> bool:
     """Whether this dimension is the picture's 3 or the latent's 4 channels."""
     part, index = key.split(".")[:2]
     first = {"taesd_encoder": "0", "taesd_decoder": "1"}[part]
-    last = {"taesd_encoder": "14", "taesd_decoder": "18"}[part]
+    last = {"taesd_encoder": "14", "taesd_decoder": "19"}[part]
     return (index == first and dimension == 1) or (index == last and dimension == 0)
