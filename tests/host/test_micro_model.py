@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import nodes
-from microworld import comfy_models, files, random_weights
+from microworld import comfy_models, config, files, random_weights
 
 pytestmark = pytest.mark.usefixtures("inference_mode_for_micro")
 
@@ -99,7 +99,9 @@ def test_unet_is_sdxl_shaped():
     assert type(model).__name__ == "SDXL"
     assert model.adm_channels == 1600
     names = [n for n, _ in model.diffusion_model.named_modules() if n.endswith("attn2")]
-    assert len(names) == 2 * 1 + 2 * 2 + 2 + 3 * 2 + 3 * 1
+    down, up = config.UNET["transformer_depth"], config.UNET["transformer_depth_output"]
+    assert len(names) == sum(down) + config.UNET["transformer_depth_middle"] + sum(up)
+    assert not any(name.startswith(("input_blocks.1.", "input_blocks.2.")) for name in names)
     attention = model.diffusion_model.get_submodule(names[0])
     assert attention.heads * 32 == attention.to_q.weight.shape[0] == 64
     assert attention.to_k.weight.shape[1] == 128
