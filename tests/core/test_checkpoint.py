@@ -1,0 +1,420 @@
+"""Adapter and identity files: what is refused, what is read back, what a crash leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from infinite_id_core import checkpoint, errors
+from infinite_id_core.adapter import Adapter, AdapterConfig
+from infinite_id_core.identity import Identity, IdentityConfig
+
+from . import hostile_files
+
+READ = {"adapter": checkpoint.read_adapter, "identity": checkpoint.read_identity}
+LAYERS = {"mid_block.attentions.0.transformer_blocks.0": 8}
+
+
+def made_adapter(dtype: torch.dtype = torch.float32, seed: int = 0) -> Adapter:
+    torch.manual_seed(seed)
+    config = AdapterConfig(
+        clip_width=6, context_width=4, recogniser="r", clip_model="c", licence_note="für Anna"
+    )
+    return Adapter(config, LAYERS).to(dtype)
+
+
+def made_identity(seed: int = 0, clip: torch.dtype = torch.float32, name: str = "") -> Identity:
+    generator = torch.Generator().manual_seed(seed)
+    return Identity(
+        face=torch.randn(2, 512, generator=generator),
+        clip=torch.randn(2, 257, 6, generator=generator).to(clip),
+        weight=torch.tensor([1.0, 0.5]),
+        config=IdentityConfig(recogniser="r", clip_model="c", embedding="raw", name=name),
+    )
+
+
+def write(kind: str, path: Path, seed: int = 0) -> None:
+    if kind == "adapter":
+        checkpoint.write_adapter(path, made_adapter(seed=seed))
+    else:
+        checkpoint.write_identity(path, made_identity(seed))
+
+
+# --- refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), hostile_files.CASES)
+def test_a_bad_file_is_refused_by_name(kind, name, tmp_path, monkeypatch):
+    threat, harm = hostile_files.THREATS[name], tmp_path / "harm"
+    path = tmp_path / f"{kind}.safetensors"
+    path.write_bytes(hostile_files.build(kind, name, harm))
+    before = path.read_bytes()
+    reads: list[Path] = []
+    monkeypatch.setattr(checkpoint, "load_file", lambda p: reads.append(p) or load_file(p))
+    started = time.perf_counter()
+    with pytest.raises(errors.FileError) as caught:
+        READ[kind](path)
+    assert type(caught.value).__name__ == threat.error, caught.value
+    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.path == path
+    assert len(str(caught.value)) < len(str(path)) + 4100  # whatever was in the file
+    assert bool(reads) == threat.loads  # tensors are read only after everything else is checked
+    assert time.perf_counter() - started < 20
+    assert not harm.exists()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", [n for n in hostile_files.THREATS if n.startswith("pickle")])
+def test_the_pickles_would_have_done_harm(name, tmp_path):
+    harm = tmp_path / "harm"
+    pickle.loads(hostile_files.build("adapter", name, harm))
+    assert harm.exists()
+
+
+def test_sound_files_are_read(tmp_path):
+    """Without this, refusing everything would pass."""
+    path = tmp_path / "sound.safetensors"
+    path.write_bytes(hostile_files.adapter().bytes())
+    adapter = checkpoint.read_adapter(path)
+    assert adapter.widths == hostile_files.LAYERS
+    assert (adapter.config.clip_width, adapter.config.face_tokens) == (6, 2)
+    path.write_bytes(hostile_files.identity(3).bytes())
+    identity = checkpoint.read_identity(path)
+    assert (identity.references, identity.clip_width) == (3, 6)
+    assert float(identity.face[0, 0]) == 0.5 and float(identity.clip[2, 256, 5]) == 0.25
+
+
+@pytest.mark.parametrize("kind", hostile_files.KINDS)
+def test_truncated_at_every_boundary(kind, tmp_path):
+    file = hostile_files.SOUND[kind]()
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(file.bytes())
+    size = path.stat().st_size
+    start = size - len(file.data())
+    ends = {start + v["data_offsets"][1] for k, v in file.header().items() if k[0] != "_"}
+    edges = {0, 1, 7, 8, 9, start // 2, start, size, *ends}
+    cuts = {edge + by for edge in edges for by in (-1, 0, 1)}
+    for cut in sorted((c for c in cuts if 0 <= c < size), reverse=True):
+        os.truncate(path, cut)
+        with pytest.raises(errors.TruncatedFileError):
+            READ[kind](path)
+
+
+def test_a_claim_of_terabytes_allocates_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    names = ["terabytes claimed", "shape of 2**40", "a million dimensions", "giant header"]
+    paths = []
+    for name in names:
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        paths[-1].write_bytes(hostile_files.build("identity", name, tmp_path / "harm"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path in paths:
+        with pytest.raises(errors.FileError):
+            checkpoint.read_identity(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100_000  # kB on Linux (bytes on macOS, where this asks for less)
+
+
+@pytest.mark.parametrize("kind", hostile_files.KINDS)
+def test_what_is_no_readable_file_is_named(kind, tmp_path, monkeypatch):
+    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / ("x" * 300), Path("a\0b")):
+        with pytest.raises(errors.FileMissingError):
+            READ[kind](path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+        with pytest.raises(errors.FileMissingError):
+            READ[kind](tmp_path / "pipe")
+    locked = tmp_path / "locked.safetensors"
+    write(kind, locked)
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(errors.FileMissingError, match="Permission denied"):
+        READ[kind](locked)
+
+
+# --- read back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_adapter_comes_back_bit_for_bit(dtype, tmp_path):
+    adapter, path = made_adapter(), tmp_path / "a.safetensors"
+    checkpoint.write_adapter(path, adapter, dtype)
+    read = checkpoint.read_adapter(path)
+    assert read.config == adapter.config and read.widths == LAYERS
+    found, wanted = read.state_dict(), adapter.state_dict()
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor.to(dtype))
+    assert not any(p.requires_grad for p in read.parameters())
+    assert all(not p.is_meta for p in read.parameters())
+
+
+@pytest.mark.parametrize("clip", [torch.float32, torch.float16])
+def test_an_identity_comes_back_bit_for_bit(clip, tmp_path):
+    identity, path = (
+        made_identity(clip=clip, name="Änne 安娜 \U0001f600"),
+        tmp_path / "i.safetensors",
+    )
+    checkpoint.write_identity(path, identity)
+    read = checkpoint.read_identity(path)
+    assert read.config == identity.config
+    assert read.clip.dtype == clip and read.face.dtype == read.weight.dtype == torch.float32
+    assert torch.equal(read.clip, identity.clip)
+    assert torch.equal(read.face, identity.face) and torch.equal(read.weight, identity.weight)
+
+
+def test_files_hold_the_contract(tmp_path):
+    """DESIGN section 3, as any other safetensors reader sees it."""
+    write("adapter", tmp_path / "a.safetensors")
+    write("identity", tmp_path / "i.safetensors")
+    adapter = checkpoint.read_header(tmp_path / "a.safetensors")
+    identity = checkpoint.read_header(tmp_path / "i.safetensors")
+    assert adapter.metadata["format"] == "infinite-id-adapter"
+    assert identity.metadata["format"] == "infinite-id-identity"
+    assert adapter.metadata["version"] == identity.metadata["version"] == "1"
+    assert json.loads(adapter.metadata["config"])["licence_note"] == "für Anna"
+    assert set(json.loads(identity.metadata["config"])) == {
+        "recogniser", "embedding", "clip_model", "clip_layer", "name"
+    }  # fmt: skip
+    assert {n: e.shape for n, e in identity.tensors.items()} == {
+        "face": (2, 512), "clip": (2, 257, 6), "weight": (2,)
+    }  # fmt: skip
+    assert set(load_file(tmp_path / "a.safetensors")) == set(made_adapter().state_dict())
+
+
+def test_every_length_of_header_is_read(tmp_path):
+    """Header lengths 640, 896, ... start with a pickle's magic bytes."""
+    path, lengths = tmp_path / "i.safetensors", set()
+    for letters in range(0, 1600, 8):
+        checkpoint.write_identity(path, made_identity(name="x" * letters))
+        lengths.add(int.from_bytes(path.read_bytes()[:8], "little"))
+        assert checkpoint.read_identity(path).config.name == "x" * letters
+    assert {640, 896, 1152, 1408} <= lengths
+
+
+def test_paths_of_any_script_and_length(tmp_path):
+    folder = tmp_path / "Übung 模型" / ("d" * 200)
+    path = folder / f"{'ж' * 50}.safetensors"
+    write("identity", path)
+    assert torch.equal(checkpoint.read_identity(path).face, made_identity().face)
+    with pytest.raises(errors.NotWrittenError):
+        write("identity", folder / f"{'x' * 300}.safetensors")
+
+
+def test_a_read_identity_does_not_hold_the_file(tmp_path):
+    """A view of the file would change, or end the process, when the file is written over."""
+    path = tmp_path / "i.safetensors"
+    write("identity", path)
+    read = checkpoint.read_identity(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(read.face, made_identity().face)
+    if Path("/proc/self/maps").exists():
+        assert str(path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+# --- written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_unfinished_in_numbers_is_written(value, tmp_path):
+    adapter, identity = made_adapter(), made_identity()
+    write("adapter", tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with torch.no_grad():
+        adapter.face_mapper.norm.bias[2] = value
+    identity.clip[1, 3, 2] = value
+    with pytest.raises(errors.NotFiniteError, match="face_mapper.norm.bias"):
+        checkpoint.write_adapter(tmp_path / "a.safetensors", adapter)
+    with pytest.raises(errors.NotFiniteError, match="clip"):
+        checkpoint.write_identity(tmp_path / "i.safetensors", identity)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_number_too_large_for_the_dtype_is_not_written(tmp_path):
+    adapter = made_adapter()
+    with torch.no_grad():
+        adapter.clip_mapper.norm.weight[0] = 1e5
+    with pytest.raises(errors.NotFiniteError, match="clip_mapper.norm.weight"):
+        checkpoint.write_adapter(tmp_path / "a.safetensors", adapter, torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", hostile_files.KINDS)
+@pytest.mark.parametrize(
+    ("place", "raised", "expected"),
+    [
+        ("save", NO_SPACE, errors.NotWrittenError),
+        ("save", SafetensorError("IoError: No space left on device"), errors.NotWrittenError),
+        ("half", NO_SPACE, errors.NotWrittenError),
+        ("fsync", NO_SPACE, errors.NotWrittenError),
+        ("replace", PermissionError(errno.EACCES, "in use"), errors.NotWrittenError),
+        ("half", KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file(kind, place, raised, expected, tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write(kind, path, seed=1)
+    before = path.read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if place == "half":
+            Path(args[1]).write_bytes(b"half a file")
+        raise raised
+
+    target = (checkpoint, "save_file") if place in ("save", "half") else (os, place)
+    monkeypatch.setattr(*target, fail)
+    with pytest.raises(expected) as caught:
+        write(kind, path, seed=2)
+    if expected is errors.NotWrittenError:
+        assert str(caught.value).startswith(f"{path}: ") and str(raised) in str(caught.value)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(errors.NotWrittenError):
+        write("identity", tmp_path / "file" / "i.safetensors")
+
+
+def test_a_folder_that_cannot_be_synced_loses_nothing(tmp_path, monkeypatch):
+    """Some network file systems refuse fsync of a folder: the file is there all the same."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write("identity", tmp_path / "i.safetensors")
+    assert torch.equal(
+        checkpoint.read_identity(tmp_path / "i.safetensors").face, made_identity().face
+    )
+
+
+def test_data_is_on_disk_before_the_rename(tmp_path, monkeypatch):
+    path, calls = tmp_path / "i.safetensors", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        status = os.fstat(handle)
+        calls.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_ino)
+        fsync(handle)
+
+    def renamed(source: Any, target: Any) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write("identity", path)
+    folder = ["folder"] if os.name == "posix" else []
+    assert calls == [path.stat().st_ino, "rename", *folder]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_are_the_umasks_or_the_old_files(tmp_path):
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    path = tmp_path / "i.safetensors"
+    old = os.umask(0o027)
+    try:
+        write("identity", path)
+    finally:
+        os.umask(old)
+    assert mode(path) == 0o640
+    path.chmod(0o600)
+    write("identity", path, seed=2)
+    assert mode(path) == 0o600
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_kill_9_at_any_moment_leaves_whole_files(tmp_path):
+    script = Path(__file__).with_name("killed_writer.py")
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(3)}, other)
+    untouched = other.read_bytes()
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "4"],
+        capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["exits"] == [-9, -9, -9, 7]  # three killed; the full disk named
+    assert found["parts"] == 3  # of the three killed; the failed write cleaned up
+    assert {2.0, 3.0} <= set(found["seen"])  # the children did write
+    assert found["files"] == ["adapter.safetensors", "identity.safetensors", "other.safetensors"]
+    assert other.read_bytes() == untouched
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", ".", "..", "../anna", "..\\anna", "a/b", "a\\b", "/etc/anna", "C:anna", "C:\\a",
+     "~", "~root", ".hidden", "..safetensors", ".safetensors", "-a", "_a", "a:b", "a*", "a?", "a|b",
+     'a"b', "<a>", "a\0b", "a\nb", "a\tb", "anna.", "anna .safetensors", "%2e%2e", "$HOME", "a;b",
+     "CON", "con", "Con.txt", "con.safetensors", "con .x", "PRN", "aux", "NUL", "nul.tar.gz",
+     "COM1", "com9.x", "COM\u00b9", "LPT\u00b3", "x" * 101, "\u5b89" * 67, "a\u202eb",
+     "\u2044etc", "a\u2215b", "\uff0fa", "\ud800", "a\ud800", "\u0301a", "\U0001f600"],
+)  # fmt: skip
+def test_names_that_are_not_allowed(name, tmp_path):
+    with pytest.raises(errors.NameNotAllowedError) as caught:
+        checkpoint.identity_path(tmp_path, name)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("anna", "anna"),
+        ("  anna  ", "anna"),
+        ("anna.safetensors", "anna"),
+        ("Anna-Lena (2) v1.5_a+b", "Anna-Lena (2) v1.5_a+b"),
+        ("7", "7"),
+        ("conan", "conan"),
+        ("com10", "com10"),
+        ("Änne", "Änne"),
+        ("A\u0308nne", "Änne"),  # as macOS writes it
+        ("安娜", "安娜"),
+        ("Анна", "Анна"),
+        ("अनिता", "अनिता"),  # its vowels are marks, not letters
+        ("สมชาย", "สมชาย"),
+        ("ليلى", "ليلى"),
+        ("x" * 100, "x" * 100),
+        ("安" * 66, "安" * 66),
+    ],
+)
+def test_names_that_are_allowed(name, file, tmp_path):
+    path = checkpoint.identity_path(tmp_path, name)
+    assert path == tmp_path / f"{file}.safetensors"
+    checkpoint.write_identity(path, made_identity())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
