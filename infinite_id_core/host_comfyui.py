@@ -14,9 +14,7 @@ CALC_COND_BATCH).
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,26 +29,23 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.overrides import TorchFunctionMode
 
 from .adapter import Adapter, check_identity, check_layers
-from .attention import (
-    MAX_STRENGTH,
-    IdentityTerm,
-    Kernel,
-    StreamOptions,
-    merged_cross_attention,
-    mixed_attention,
-)
+from .attention import IdentityTerm, Kernel, StreamOptions
 from .checkpoint import build_adapter, read_adapter_tensors
-from .errors import (
-    NotSDXLError,
-    OptionError,
-    PatchConflictError,
-    StreamConflictError,
-)
+from .errors import NotSDXLError, PatchConflictError, StreamConflictError
 from .identity import Identity, null_features
 from .layers import BlockKey, CrossAttentionLayer, layers_from_ldm
+from .mirrored_noise import MirroredNoise
+from .streams import (
+    IdentityPlacement,
+    Size,
+    identity_half,
+    mask_tokens,
+    twice,
+    two_stream_cross_attention,
+    two_stream_self_attention,
+)
 
 KEY = "infinite_id"
 Options = dict[str, Any]
@@ -84,27 +79,10 @@ def load_adapter(path: str | Path) -> LoadedAdapter:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AppliedIdentity:
-    """One Apply: an identity, how strongly, when and where it speaks."""
+class AppliedIdentity(IdentityPlacement):
+    """One Apply: an identity, where it speaks, and the adapter that reads it."""
 
     adapter: LoadedAdapter
-    identity: Identity
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    mask: Tensor | None = None
-    """``[1 or batch, H, W]`` in [0, 1], in picture space; None is everywhere."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= MAX_STRENGTH:
-            raise OptionError(f"strength must lie in [0, {MAX_STRENGTH}], got {self.strength}.")
-        if not 0.0 <= self.start_percent <= self.end_percent <= 1.0:
-            raise OptionError(
-                "start_percent and end_percent must satisfy 0 <= start <= end <= 1, got "
-                f"{self.start_percent} and {self.end_percent}."
-            )
-        if self.mask is not None and (self.mask.ndim != 3 or 0 in self.mask.shape):
-            raise OptionError(f"A mask must be [batch, H, W], got {list(self.mask.shape)}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,7 +130,7 @@ class TwoStreams:
         options["transformer_options"] = {**options["transformer_options"], KEY: run}
         rows = noise.shape[0]
         if self.own:
-            noise, latent_image = _twice(noise), _twice(latent_image)
+            noise, latent_image = twice(noise), twice(latent_image)
             if denoise_mask is not None:
                 denoise_mask = _fit_rows(denoise_mask, rows)
             callback = None if callback is None else _identity_preview(callback)
@@ -165,7 +143,7 @@ class TwoStreams:
             )
         finally:
             run.close()
-        return _identity_half(result) if self.own else result
+        return identity_half(result) if self.own else result
 
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
@@ -216,12 +194,12 @@ class TwoStreams:
             options = run.patched_options(model_options, conds, active)
             if self.own:
                 return call(x, timestep, options)
-            return [_identity_half(o) for o in call(_twice(x), _twice(timestep), options)]
+            return [identity_half(o) for o in call(twice(x), twice(timestep), options)]
         if self.own and not run.needs_text_rows(sigma):
             # Before the first identity step both streams are one; after the last, the text
             # stream is read by nobody.
-            half = call(_identity_half(x), _identity_half(timestep), model_options)
-            return [_twice(o) for o in half]
+            half = call(identity_half(x), identity_half(timestep), model_options)
+            return [twice(o) for o in half]
         return call(x, timestep, model_options)
 
 
@@ -416,11 +394,8 @@ class Run:
             # the doubled keys; each stream keeps to itself in this block.
             self._warn_once(other)
             return other(q, k, v, extra)
-        kernel, chunks = _kernel(extra), len(extra["cond_or_uncond"])
-        (q_t, q_id), (k_t, k_id), (v_t, v_id) = (_streams(x, chunks) for x in (q, k, v))
-        text = kernel(q_t, k_t, v_t)
-        identity = mixed_attention(q_id, k_id, v_id, k_t, v_t, self.streams.options, kernel)
-        return _join(text, identity, chunks)
+        chunks = len(extra["cond_or_uncond"])
+        return two_stream_self_attention(q, k, v, chunks, self.streams.options, _kernel(extra))
 
     def cross_attention(
         self,
@@ -445,22 +420,12 @@ class Run:
                 f"{list(text_out.shape)}; expected {list(q.shape)}. It cannot run together with "
                 "Infinite-ID; bypass one of the two."
             )
-        chunks = len(conds)
-        text, _ = _streams(text_out, chunks)
-        parts = [_streams(x, chunks)[1].chunk(chunks) for x in (q, k, v, text_out)]
-        out = [
-            merged_cross_attention(
-                q_c,
-                self._terms(call, layer.path, conds[c], c, q_c, extra),
-                k_c,
-                v_c,
-                out_c,
-                self.streams.options,
-                kernel,
-            )
-            for c, (q_c, k_c, v_c, out_c) in enumerate(zip(*parts, strict=True))
-        ]
-        return _join(text, torch.cat(out), chunks)
+
+        def terms(chunk: int, q: Tensor) -> list[IdentityTerm]:
+            return self._terms(call, layer.path, conds[chunk], chunk, q, extra)
+
+        options = self.streams.options
+        return two_stream_cross_attention(q, k, v, text_out, len(conds), terms, options, kernel)
 
     def _terms(
         self, call: _Call, path: str, cond: int, chunk: int, q: Tensor, extra: Options
@@ -518,7 +483,11 @@ class Run:
         if key not in self._masks:
             if window is not None and mask.shape[0] > 1:
                 mask = mask[window]
-            self._masks[key] = _mask_tokens(mask, (height, width), area, self._canvas(), q)
+            mask = mask.to(device=q.device, dtype=torch.float32)
+            if area is not None:
+                mask = _cut_to_area(mask, area, (height, width), self._canvas())
+            tokens = mask_tokens(mask, (height, width), q.shape[1])
+            self._masks[key] = _fit_rows(tokens, q.shape[0]).to(q.dtype)
         return self._masks[key]
 
     def areas(self) -> dict[Any, Sequence[int]]:
@@ -528,7 +497,7 @@ class Run:
             self._areas = {c["uuid"]: c["area"] for c in conds if c.get("area") is not None}
         return self._areas
 
-    def _canvas(self) -> tuple[int, int]:
+    def _canvas(self) -> Size:
         return self.noise.shape[-2], self.noise.shape[-1]
 
     def _warn_once(self, other: AttentionPatch) -> None:
@@ -540,65 +509,6 @@ class Run:
                 "stream does not read the text stream.",
                 name,
             )
-
-
-class MirroredNoise(TorchFunctionMode):  # type: ignore[misc]
-    """Random draws of the doubled latent's shape repeat their first half.
-
-    Samplers that add noise draw for all rows at once; both streams must get the same draw, and
-    the one an unpatched run would get. Active only in the sampler's own arithmetic.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.active = False
-
-    def __enter__(self) -> MirroredNoise:
-        self.active = True
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.active = False
-        super().__exit__(*error)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Not listening, for the model's own calls."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.randn_like, torch.rand_like) and tuple(args[0].shape) == self.shape:
-            return _twice(func(args[0][: self.rows], *args[1:], **kwargs))
-        if func in (torch.randn, torch.rand) and self._size(args, kwargs) == self.shape:
-            rest = {k: v for k, v in kwargs.items() if k not in ("size", "out")}
-            return _twice(func((self.rows, *self.shape[1:]), **rest))
-        if (
-            func in (torch.Tensor.normal_, torch.Tensor.uniform_)
-            and tuple(args[0].shape) == self.shape
-        ):
-            func(args[0][: self.rows], *args[1:], **kwargs)
-            args[0][self.rows :] = args[0][: self.rows]
-            return args[0]
-        return func(*args, **kwargs)
-
-    @property
-    def rows(self) -> int:
-        """Rows of one stream."""
-        return self.shape[0] // 2
-
-    @staticmethod
-    def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-        size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-        return tuple(size)
 
 
 class _PairedWindows:
@@ -618,7 +528,7 @@ class _PairedWindows:
     ) -> bool:
         return bool(
             self.handler.should_use_context(
-                model, conds, _identity_half(x), _identity_half(timestep), model_options
+                model, conds, identity_half(x), identity_half(timestep), model_options
             )
         )
 
@@ -634,25 +544,16 @@ class _PairedWindows:
         def calc_pairs(
             model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Options
         ) -> list[Tensor]:
-            out = calc(model, conds, _unpack(x), _twice(timestep), model_options)
+            out = calc(model, conds, _unpack(x), twice(timestep), model_options)
             return [_pack(o) for o in out]
 
         out = self.handler.execute(
-            calc_pairs, model, conds, _pack(x), _identity_half(timestep), model_options
+            calc_pairs, model, conds, _pack(x), identity_half(timestep), model_options
         )
         return [_unpack(o) for o in out]
 
 
 # --- rows ------------------------------------------------------------------------------------
-
-
-def _twice(x: Tensor) -> Tensor:
-    """``[b, ...]`` -> ``[2b, ...]``: text stream, identity stream."""
-    return torch.cat([x, x])
-
-
-def _identity_half(x: Tensor) -> Tensor:
-    return x[x.shape[0] // 2 :]
 
 
 def _pack(x: Tensor) -> Tensor:
@@ -662,24 +563,6 @@ def _pack(x: Tensor) -> Tensor:
 
 def _unpack(x: Tensor) -> Tensor:
     return torch.cat(x.chunk(2, dim=1))
-
-
-def _streams(x: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """Rows of ``chunks`` conds ``[chunks * 2 * b, N, C]`` -> text and identity rows."""
-    if x.shape[0] % (2 * chunks):
-        raise PatchConflictError(
-            f"Attention was called with {x.shape[0]} rows for {chunks} conds of two streams. "
-            "Another node changed the batch inside the model; bypass it or Infinite-ID."
-        )
-    both = x.reshape(chunks, 2, -1, *x.shape[1:])
-    return both[:, 0].reshape(-1, *x.shape[1:]), both[:, 1].reshape(-1, *x.shape[1:])
-
-
-def _join(text: Tensor, identity: Tensor, chunks: int) -> Tensor:
-    """Inverse of ``_streams``."""
-    shape = (chunks, -1, *text.shape[1:])
-    both = torch.stack([text.reshape(shape), identity.reshape(shape)], dim=1)
-    return both.reshape(-1, *text.shape[1:])
 
 
 def _fit_rows(x: Tensor, rows: int) -> Tensor:
@@ -743,7 +626,7 @@ def _kernel(extra: Options) -> Kernel:
 
 def _identity_preview(callback: Callable[..., None]) -> Callable[..., None]:
     def identity_only(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-        callback(step, _identity_half(denoised), _identity_half(x), total)
+        callback(step, identity_half(denoised), identity_half(x), total)
 
     return identity_only
 
@@ -762,32 +645,8 @@ def _name(patch: Any) -> str:
     return f"{getattr(inner, '__module__', '?')}.{name}"
 
 
-def _mask_tokens(
-    mask: Tensor,
-    size: tuple[int, int],
-    area: Sequence[int] | None,
-    canvas: tuple[int, int],
-    q: Tensor,
-) -> Tensor:
-    """A picture mask as token weights ``[1 or rows, N, 1]`` for a latent (or an area of it)."""
-    mask = mask.to(device=q.device, dtype=torch.float32)[:, None]
-    if area is not None:
-        half = len(area) // 2
-        top, left = area[half:][-2:]
-        on_canvas = interpolate(mask, size=canvas, mode="bilinear")
-        mask = on_canvas[..., top : top + size[0], left : left + size[1]]
-    height, width = _token_grid(size, q.shape[1])
-    tokens = interpolate(mask, size=(height, width), mode="bilinear", antialias=True)
-    return _fit_rows(tokens, q.shape[0]).flatten(2).transpose(1, 2).to(q.dtype)
-
-
-def _token_grid(size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Height and width of a layer's token grid; SDXL's strided convs round up."""
-    height, width = size
-    while height * width > tokens and (height > 1 or width > 1):
-        height, width = math.ceil(height / 2), math.ceil(width / 2)
-    if height * width == tokens:
-        return height, width
-    # Other packs scale inside the UNet: take the factor pair nearest to the picture's aspect.
-    pairs = [(h, tokens // h) for h in range(1, tokens + 1) if tokens % h == 0]
-    return min(pairs, key=lambda p: abs(math.log((p[0] / p[1]) / (size[0] / size[1]))))
+def _cut_to_area(mask: Tensor, area: Sequence[int], size: Size, canvas: Size) -> Tensor:
+    """The part of a picture mask that lies in an area cond: ``[m, H, W]`` -> ``[m, *size]``."""
+    top, left = area[len(area) // 2 :][-2:]
+    on_canvas = interpolate(mask[:, None], size=canvas, mode="bilinear")[:, 0]
+    return on_canvas[:, top : top + size[0], left : left + size[1]]

@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .adapter import Adapter, KeyValue, check_identity, check_layers
-from .attention import IdentityTerm, Kernel, StreamOptions, identity_attention
+from .attention import (
+    IdentityTerm,
+    Kernel,
+    StreamOptions,
+    identity_attention,
+    merged_cross_attention,
+)
 from .errors import OptionError
 from .identity import null_features
 from .layers import CrossAttentionLayer, layers_from_diffusers
