@@ -115,6 +115,12 @@ def export_attributes(folder: Path) -> Path:
     return _export(write, ATTRIBUTES)
 
 
+def export_detector(folder: Path) -> Path:
+    """weights/insightface/.../det.onnx, SCRFD-shaped; trained by `face_models`."""
+    return _export(lambda path: path.write_bytes((folder / "det.onnx").read_bytes()),
+                   files.DETECTOR)
+
+
 EXPORTS: dict[str, Callable[[Path], Path]] = {
     "vae": export_vae,
     "unet": export_unet,
@@ -122,6 +128,7 @@ EXPORTS: dict[str, Callable[[Path], Path]] = {
     "recogniser": export_recogniser,
     "scorer": export_scorer,
     "attributes": export_attributes,
+    "detector": export_detector,
 }
 
 
@@ -130,7 +137,7 @@ def _save(state: dict[str, torch.Tensor], path: Path) -> Path:
     return _export(lambda part: save_file(tensors, part), path)
 
 
-def _export(write: Callable[[Path], None], path: Path) -> Path:
+def _export(write: Callable[[Path], object], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part" + path.suffix)
     write(part)

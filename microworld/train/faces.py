@@ -26,8 +26,8 @@ from .loop import LoopOptions, train
 from .pictures import EACH, Pictures
 
 RECOGNISER_OPTIONS = LoopOptions(steps=1600, rate=4e-3, warmup=50, weight_decay=1e-3)
-SCORER_OPTIONS = LoopOptions(steps=1400, rate=3e-3, warmup=50, weight_decay=1e-3)
-READER_OPTIONS = LoopOptions(steps=1200, rate=4e-3, warmup=50, weight_decay=1e-3)
+SCORER_OPTIONS = LoopOptions(steps=700, rate=3e-3, warmup=50, weight_decay=1e-3)
+READER_OPTIONS = LoopOptions(steps=600, rate=4e-3, warmup=50, weight_decay=1e-3)
 PEOPLE_A_STEP = 64
 READ_A_STEP = 64
 TEMPERATURE = 0.1

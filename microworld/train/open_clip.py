@@ -26,7 +26,7 @@ from .loop import LoopOptions, train
 from .pictures import Pictures
 from .text import row_of_ids, tokenize, used_ids
 
-OPTIONS = LoopOptions(steps=1600, rate=1.5e-3, warmup=100, weight_decay=0.01, ema=0.99)
+OPTIONS = LoopOptions(steps=1000, rate=1.5e-3, warmup=100, weight_decay=0.01, ema=0.99)
 PEOPLE_A_STEP = 16
 CAPTIONS_A_STEP = 32
 PADDING = 0.25  # of the aligned crop, as infinite_id_core.face cuts it for E_clip

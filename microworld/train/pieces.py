@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import face_models, files
+from .. import face_models
 from . import faces, open_clip, unet, vae
 from .pictures import pictures
 
@@ -12,7 +12,8 @@ from .pictures import pictures
 def train_piece(name: str, folder: Path) -> None:
     """Train one model, or resume it, with what it needs before it. `name` as in `--only`."""
     if name == "vae":
-        vae.refine_decoder(folder, vae.run(folder))
+        model, data = vae.run(folder), pictures(folder)
+        vae.refine_decoder(folder, model, data, vae.latents(folder, model, data))
     elif name == "unet":
         unet.run(folder, vae.run(folder))
     elif name == "recogniser":
@@ -24,7 +25,10 @@ def train_piece(name: str, folder: Path) -> None:
     elif name == "open_clip":
         open_clip.run(folder, pictures(folder))
     elif name == "detector":
-        if not files.DETECTOR.exists():
-            face_models.export_detector(face_models.train_detector(), files.DETECTOR)
+        path = folder / "det.onnx"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            face_models.export_detector(face_models.train_detector(), part)
+            part.replace(path)
     else:
         raise ValueError(f"Expected a model of the microworld, got {name!r}.")

@@ -12,20 +12,18 @@ from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..captions import EMPTY, caption
 from ..config import CONTEXT_WIDTH, IMAGE_SIZE, UNET
 from ..portraits import Attributes, Identity
 from .data import generator
-from .loop import LoopOptions, load_checkpoint, save_atomic, train
+from .loop import LoopOptions, train
 from .pictures import Pictures, pictures
 from .text import END, TextEncoders, tokenize
-from .vae import Autoencoder
+from .vae import Autoencoder, latents
 
-OPTIONS = LoopOptions(steps=5200, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
+OPTIONS = LoopOptions(steps=4000, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
 BATCH = 32
-SHARD = 2_000
 STRANGE = 1000  # a token id no caption has
 DROP_CAPTION = 0.1  # empty captions, for guidance
 DROP_POOLED = 0.1  # pooled text of zeros, as adapters are trained with
@@ -73,29 +71,6 @@ def alphas_cumprod() -> torch.Tensor:
     """SDXL's scaled-linear schedule, [1000]."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0).float()
-
-
-@torch.no_grad()
-def latents(folder: Path, vae: Autoencoder, data: Pictures) -> torch.Tensor:
-    """Encode the training set, float16 [N, 4, 16, 16]; in shards, so that it resumes."""
-    shards = []
-    for start in tqdm(range(0, len(data), SHARD), desc="latents"):
-        path = folder / "latents" / f"{start:06d}.pt"
-        if not path.exists():
-            batches = data.pictures[start : start + SHARD].split(50)
-            rows = [_encode(vae, batch) for batch in batches]
-            save_atomic(path, {"latents": torch.cat(rows)})
-        shards.append(load_checkpoint(path)["latents"])
-    return torch.cat(shards)
-
-
-def _encode(vae: Autoencoder, pictures: torch.Tensor) -> torch.Tensor:
-    # BHWC -> BCHW, in channels-last memory, which the convolutions prefer.
-    batch = (pictures.permute(0, 3, 1, 2).float() / 255).contiguous(
-        memory_format=torch.channels_last
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        return vae.encode(batch).half().contiguous()
 
 
 def _captions(

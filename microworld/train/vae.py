@@ -13,17 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ..portraits import Picture
 from .data import generator, sample, to_tensor
-from .loop import LoopOptions, train
+from .loop import LoopOptions, load_checkpoint, save_atomic, train
+from .pictures import Pictures
 
 SDXL_SCALE = 0.13025  # what SDXL's latent format multiplies by; our latents are unit scale after it
 ENCODER_WIDTHS = (16, 24, 48, 64)  # at 1, 1/2, 1/4, 1/8 of the picture's size
 DECODER_WIDTHS = (64, 64, 32, 24)  # at 1/8, 1/4, 1/2, 1
 OPTIONS = LoopOptions(steps=1400, rate=1.5e-3, warmup=100, ema=0.99)
-DECODER_OPTIONS = LoopOptions(steps=2500, rate=1e-3, warmup=50, ema=0.99)
+DECODER_OPTIONS = LoopOptions(steps=1200, rate=1.2e-3, warmup=50, ema=0.99)
 BATCH = 16
+WHOLE_BATCH = 6
+SHARD = 2_000  # pictures in a file of cached latents
 CROP = 64  # pixels; a convolutional net learns from crops, and four times the steps help more
 
 
@@ -138,14 +142,21 @@ def _loss(model: Autoencoder, step: int) -> tuple[torch.Tensor, dict[str, float]
         # A little noise makes neighbouring latents decode alike, which diffusion needs.
         made = model.decode(latents + 0.06 * noise)
     made, latents = made.float(), latents.float()
-    # Squares, not absolutes: a sparse detail's median is its ground, and gives no gradient.
-    across = F.mse_loss(made.diff(dim=3), pictures.diff(dim=3))
-    down = F.mse_loss(made.diff(dim=2), pictures.diff(dim=2))
-    error = F.mse_loss(made, pictures)
+    error, slopes = _errors(made, pictures)
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     unit = mean.square().mean() + (std - 1).square().mean()
-    loss = 10 * error + 5 * (across + down) + 0.02 * unit
+    loss = 10 * error + 5 * slopes + 0.02 * unit
     return loss, {"mse": float(error.detach()), "std": float(std.detach().mean())}
+
+
+def _errors(made: torch.Tensor, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared errors of pictures and of their differences between neighbours.
+
+    Squares, not absolutes: a sparse detail's median is its ground, and gives no gradient.
+    """
+    across = F.mse_loss(made.diff(dim=3), pictures.diff(dim=3))
+    down = F.mse_loss(made.diff(dim=2), pictures.diff(dim=2))
+    return F.mse_loss(made, pictures), across + down
 
 
 def _crop(picture: Picture, rng: np.random.Generator) -> Picture:
@@ -183,12 +194,51 @@ def _to_unit_scale(model: Autoencoder) -> None:
     first.weight.mul_(std[None, :, None, None])
 
 
+@torch.no_grad()
+def latents(folder: Path, vae: Autoencoder, data: Pictures) -> torch.Tensor:
+    """Encode the training set, float16 [N, 4, 16, 16]; in shards, so that it resumes."""
+    shards = []
+    for start in tqdm(range(0, len(data), SHARD), desc="latents"):
+        path = folder / "latents" / f"{start:06d}.pt"
+        if not path.exists():
+            batches = data.pictures[start : start + SHARD].split(50)
+            rows = [_encode(vae, batch) for batch in batches]
+            save_atomic(path, {"latents": torch.cat(rows)})
+        shards.append(load_checkpoint(path)["latents"])
+    return torch.cat(shards)
+
+
+def _encode(vae: Autoencoder, pictures: torch.Tensor) -> torch.Tensor:
+    # BHWC -> BCHW, in channels-last memory, which the convolutions prefer.
+    batch = (pictures.permute(0, 3, 1, 2).float() / 255).contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.encode(batch).half().contiguous()
+
+
 def refine_decoder(
-    folder: Path, model: Autoencoder, options: LoopOptions = DECODER_OPTIONS
+    folder: Path,
+    model: Autoencoder,
+    data: Pictures,
+    encoded: torch.Tensor,
+    options: LoopOptions = DECODER_OPTIONS,
 ) -> Autoencoder:
-    """Train the decoder on, with the encoder (and so all cached latents) fixed."""
+    """Train the decoder on, on whole pictures and the very latents the UNet learns to make."""
     model.taesd_encoder.requires_grad_(False)
-    model.load_state_dict(train("vae_decoder", folder, model, lambda s: _loss(model, s), options))
+
+    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = generator("vae decoder", step)
+        rows = rng.integers(len(data), size=WHOLE_BATCH)
+        latents = encoded[rows].float()
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype="float32"))
+        pictures = data.pictures[rows].permute(0, 3, 1, 2).float() / 255  # BHWC -> BCHW
+        with torch.autocast("cpu", torch.bfloat16):
+            made = model.decode(latents + 0.05 * noise)
+        error, slopes = _errors(made.float(), pictures)
+        return 10 * error + 5 * slopes, {"mse": float(error.detach())}
+
+    model.load_state_dict(train("vae_decoder", folder, model, loss, options))
     return model.eval()
 
 
