@@ -48,7 +48,7 @@ def open_engine(options: RunOptions) -> Iterator[Engine]:
             try:
                 yield Processes(pool)
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
 
 
 class InProcess:

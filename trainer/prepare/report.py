@@ -115,9 +115,7 @@ def _filters(kept: pa.Table) -> str:
 def _histograms(kept: pa.Table) -> str:
     if not len(kept):
         return ""
-    matplotlib = require("matplotlib", "for the report page", "matplotlib")
-    matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", "for the report page", "matplotlib")
+    figures = require("matplotlib.figure", "for the report page", "matplotlib")
     filters = Filters()
     short = np.minimum(kept["width"].to_numpy(), kept["height"].to_numpy())
     _, photos = np.unique(kept["identity"].to_pylist(), return_counts=True)
@@ -131,7 +129,8 @@ def _histograms(kept: pa.Table) -> str:
         ("yaw, degrees", kept["yaw"].to_numpy(), None),
         ("pitch, degrees", kept["pitch"].to_numpy(), None),
     ]
-    figure, axes = pyplot.subplots(2, 4, figsize=(13, 5), layout="constrained")
+    figure = figures.Figure(figsize=(13, 5))  # not pyplot's: no display, no global state
+    axes = figure.subplots(2, 4, gridspec_kw={"hspace": 0.35, "wspace": 0.2})
     for axis, (title, values, limit) in zip(axes.ravel(), panels, strict=True):
         low, high = float(np.min(values)), float(np.max(values))
         reach = (low, high) if limit is None else (min(low, limit), max(high, limit))
@@ -142,8 +141,8 @@ def _histograms(kept: pa.Table) -> str:
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
+    figure.subplots_adjust(left=0.03, right=0.99, top=0.93, bottom=0.06)
     figure.savefig(buffer, format="png", dpi=90)
-    pyplot.close(figure)
     return f"<h2>Scores of the kept photos</h2>{_image(buffer.getvalue(), 'png', 'histograms')}"
 
 
