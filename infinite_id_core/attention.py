@@ -84,8 +84,9 @@ def token_mean(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over tokens, per row and channel: ``[B, M, C]`` -> ``[B, 1, C]`` (mu of Eq. 8)."""
     if weight is None:
         return x.mean(dim=1, keepdim=True)
-    share = (weight / weight.sum()).to(x).view(1, -1, 1)
-    return (x * share).sum(dim=1, keepdim=True)
+    weight = weight.to(device=x.device, dtype=_exact(x))
+    share = (weight / weight.sum()).view(1, -1, 1)
+    return (x * share).sum(dim=1, keepdim=True).to(x.dtype)
 
 
 def adain_mean(x: Tensor, y: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
@@ -182,8 +183,13 @@ def weight_bias(weight: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """
     if weight is None or bool((weight == weight[0]).all()):
         return None
-    bias = weight.to(device=q.device, dtype=torch.float32).log().to(q.dtype)
+    bias = weight.to(device=q.device, dtype=_exact(q)).log().to(q.dtype)
     return bias.view(1, 1, -1).expand(q.shape[0], q.shape[1], k.shape[1])
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """The dtype for weights beside ``x``: its own, but at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
