@@ -12,10 +12,6 @@ class InfiniteIDExtension(ComfyExtension):
     """All nodes of the pack."""
 
     @override
-    async def on_load(self) -> None:
-        folders.register()
-
-    @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             *face.NODES,
@@ -28,4 +24,5 @@ class InfiniteIDExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> InfiniteIDExtension:
     """Called by ComfyUI once, when the pack is loaded."""
+    folders.register()  # not in `on_load`: ComfyUI 0.3.64 defines it and never calls it
     return InfiniteIDExtension()

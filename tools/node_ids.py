@@ -10,5 +10,7 @@ NODE_IDS = (
     "InfiniteIDLoadIdentity",
     "InfiniteIDAdapterLoader",
     "InfiniteIDApply",
+    "InfiniteIDFaceCrop",
+    "InfiniteIDFacePaste",
     "InfiniteIDMicroModel",
 )
