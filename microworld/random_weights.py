@@ -114,4 +114,5 @@ def _open_clip_reference() -> Mapping[str, torch.Tensor]:
     import open_clip
 
     with torch.device("meta"):
-        return open_clip.CLIP(**copy.deepcopy(OPEN_CLIP)).state_dict()
+        state: Mapping[str, torch.Tensor] = open_clip.CLIP(**copy.deepcopy(OPEN_CLIP)).state_dict()
+    return state

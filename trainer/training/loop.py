@@ -79,10 +79,9 @@ class _Processes:
 
     def __init__(self, config: TrainConfig) -> None:
         accelerate = require("accelerate", "to train", "accelerate")
-        precision = config.optimiser.precision
+        # Autocast is the loop's own: the configuration alone decides, not the launcher.
         self.accelerator: Any = accelerate.Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
-            cpu=config.run.device == "cpu",
+            mixed_precision="no", cpu=config.run.device == "cpu"
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -403,7 +402,8 @@ class _Trainer:
             # Gradients are summed over processes once, with the last pass.
             quiet = contextlib.nullcontext() if last else self._no_sync()
             with quiet:
-                output = self.model(self.objective.noisy(batch), batch)
+                with self._autocast():
+                    output = self.model(self.objective.noisy(batch), batch)
                 weighted, plain = self.objective.losses(output, batch)
                 loss: Any = weighted.mean() / options.accumulation
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -420,6 +420,10 @@ class _Trainer:
             follow(self.average, self.adapter, options.ema, step + 1)
         log.step(step + 1, all_losses.flatten(), all_times.flatten(), norm, rate)
         return bool(everything[:, -1].any())
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        precision, device = self.config.optimiser.precision, self.processes.device.type
+        return torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.model, "no_sync", None)  # only a parallel model has it
