@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.add_argument("--only", choices=(*PIECES, *ALIASES))
     train.add_argument("--threads", type=int, default=2)
     export = commands.add_parser("export", help="write microworld/weights")
-    export.add_argument("--only", choices=PIECES[:-1], action="append")
+    export.add_argument("--only", choices=PIECES, action="append")
     check = commands.add_parser("check", help="sample the base and score it")
     check.add_argument("--out", type=Path, default=RUNS / "check.png")
     check.add_argument("--pictures", type=int, default=96)
