@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import adapter, apply, face, folders, identity, micro
+from . import adapter, apply, face, folders, identity, micro, style
 
 
 class InfiniteIDExtension(ComfyExtension):
@@ -19,6 +19,7 @@ class InfiniteIDExtension(ComfyExtension):
             *adapter.NODES,
             *apply.NODES,
             *micro.NODES,
+            *style.NODES,
         ]
 
 

@@ -5,6 +5,7 @@ The default folder and every folder a user's yaml adds are both searched.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path, PurePosixPath
 
 import folder_paths
@@ -109,7 +110,8 @@ def _find(kind: str, name: str) -> Path:
         )
     folders = [Path(p) for p in folder_paths.get_folder_paths(kind)]
     for folder in folders:
-        if folder.joinpath(*parts).is_file():
-            return folder.joinpath(*parts)
+        with contextlib.suppress(OSError):  # a name longer than the file system takes
+            if folder.joinpath(*parts).is_file():
+                return folder.joinpath(*parts)
     searched = "; ".join(str(folder) for folder in folders)
     raise FileMissingError(name, f"no such file. Searched: {searched}.")

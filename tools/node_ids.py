@@ -13,4 +13,5 @@ NODE_IDS = (
     "InfiniteIDFaceCrop",
     "InfiniteIDFacePaste",
     "InfiniteIDMicroModel",
+    "InfiniteIDStylePreset",
 )
