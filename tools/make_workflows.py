@@ -1,0 +1,347 @@
+"""Writes workflows/*.json: every workflow twice, for the embedded default and for real SDXL.
+
+    python -m tools.make_workflows          # needs ComfyUI, for its node descriptions
+
+The twins come from one description, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .graph_builder import Graph, Out
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "workflows"
+EMBEDDED = "microworld (embedded)"
+REFERENCE, REFERENCE_2 = "infinite_id_reference.png", "infinite_id_reference_2.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What differs between the twins."""
+
+    suffix: str
+    size: int
+    steps: int
+    prompt: str
+    other_prompt: str
+    negative: str
+
+    @property
+    def micro(self) -> bool:
+        """Whether it runs on the embedded default."""
+        return self.suffix == "micro"
+
+
+MICRO = Kind(
+    suffix="micro",
+    size=128,
+    steps=20,
+    prompt="a photo of a person at the beach, smiling",
+    other_prompt="a photo of a person in the forest, with glasses",
+    negative="sketch, sepia, neon",
+)
+SDXL = Kind(
+    suffix="sdxl",
+    size=1024,
+    steps=30,
+    prompt="photo of a person hiking in the mountains, golden hour, 85mm",
+    other_prompt="photo of two people at a cafe table, window light, 50mm",
+    negative="lowres, deformed, bad anatomy, text, watermark",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Outputs of the loaders."""
+
+    model: Out
+    clip: Out
+    vae: Out
+    faces: Out | None
+    vision: Out | None
+    adapter: Out
+
+
+def loaders(g: Graph, kind: Kind, *, photo: bool = True) -> Models:
+    """The column of models; without a photo there is nothing to detect or encode."""
+    g.column("1. Models")
+    if kind.micro:
+        model, clip, vae = g.add("InfiniteIDMicroModel")
+    else:
+        model, clip, vae = g.add("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    adapter_file = EMBEDDED if kind.micro else "infinite-id-sdxl.safetensors"
+    (adapter,) = g.add("InfiniteIDAdapterLoader", file=adapter_file)
+    faces = vision = None
+    if photo:
+        pack = EMBEDDED if kind.micro else "buffalo_l"
+        (faces,) = g.add("InfiniteIDFaceModelLoader", pack=pack)
+        if kind.micro:
+            (vision,) = g.add("InfiniteIDOpenClipLoader", model=EMBEDDED)
+        else:
+            file = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+            (vision,) = g.add("CLIPVisionLoader", clip_name=file)
+    g.note(*(MICRO_NOTE if kind.micro else SDXL_NOTE))
+    return Models(model=model, clip=clip, vae=vae, faces=faces, vision=vision, adapter=adapter)
+
+
+MICRO_NOTE = (
+    "**Embedded default.** Nothing to download: these loaders read tiny models that ship with "
+    "the pack. They know 128 x 128 procedural portraits only; for real pictures open the "
+    "`sdxl` twin of this workflow.",
+    150,
+)
+SDXL_NOTE = (
+    "**Files**\n"
+    "- an SDXL checkpoint in `models/checkpoints`\n"
+    "- an Infinite-ID adapter in `models/infinite_id` (train one: `python -m trainer`)\n"
+    "- the face models the adapter was trained with in `models/insightface/models/<pack>`\n"
+    "- its image encoder in `models/clip_vision`\n\n"
+    "Choose your own files where the names differ.",
+    230,
+)
+
+
+def person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> Out:
+    """Photo -> aligned face -> identity."""
+    assert m.faces and m.vision
+    g.column(title)
+    image, _ = g.add("LoadImage", title="Reference photo", preview=240, image=photo)
+    faces, _, preview, _ = g.add("InfiniteIDAlignFace", face_analysis=m.faces, image=image)
+    g.add("PreviewImage", title="Found faces, numbered", preview=240, images=preview)
+    (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
+    return identity
+
+
+def texts(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
+    """Positive and negative conditioning, in a column of their own."""
+    g.column("3. What to paint")
+    (positive,) = g.add("CLIPTextEncode", title="Prompt", clip=m.clip, text=prompt or kind.prompt)
+    (negative,) = g.add("CLIPTextEncode", title="Negative prompt", clip=m.clip, text=kind.negative)
+    return positive, negative
+
+
+def paint(g: Graph, m: Models, kind: Kind, model: Out, texts: tuple[Out, Out], name: str) -> None:
+    """Sampler, decoder, saved picture (the paper's sampler, steps and guidance)."""
+    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size)
+    g.column("4. Picture")
+    (latent,) = g.add(
+        "KSampler",
+        model=model,
+        seed=7,
+        steps=kind.steps,
+        cfg=5.0,
+        sampler_name="ddim",
+        scheduler="ddim_uniform",
+        positive=texts[0],
+        negative=texts[1],
+        latent_image=empty,
+    )
+    (image,) = g.add("VAEDecode", samples=latent, vae=m.vae)
+    g.add("SaveImage", preview=300, images=image, filename_prefix=f"infinite-id/{name}")
+
+
+def apply(g: Graph, m: Models, identity: Out, model: Out | None = None, **values: Any) -> Out:
+    """The Apply node."""
+    (patched,) = g.add(
+        "InfiniteIDApply", model=model or m.model, adapter=m.adapter, identity=identity, **values
+    )
+    return patched
+
+
+def one_face(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    identity = person(g, m, "2. Who")
+    prompts = texts(g, m, kind)
+    model = apply(g, m, identity)
+    paint(g, m, kind, model, prompts, "one_face")
+
+
+def style_presets(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    identity = person(g, m, "2. Who")
+    g.column("3. What to paint, in which style")
+    values = {"presets": MICRO_STYLES} if kind.micro else {}
+    prompt = "a person at the beach, smiling" if kind.micro else "a person reading by a window"
+    positive, negative = g.add(
+        "InfiniteIDStylePreset",
+        prompt=prompt,
+        negative="" if kind.micro else kind.negative,
+        style="pencil sketch",
+        **values,
+    )
+    (yes,) = g.add("CLIPTextEncode", title="Prompt in that style", clip=m.clip, text=positive)
+    (no,) = g.add("CLIPTextEncode", title="Negative in that style", clip=m.clip, text=negative)
+    model = apply(g, m, identity)
+    g.note(
+        "The styles are text: edit a line, or its words after `|`, which are avoided. "
+        "`style = adain_mean` in Apply is what lets the style through; `style_strength` doses it.",
+        110,
+    )
+    paint(g, m, kind, model, (yes, no), "style_presets")
+
+
+MICRO_STYLES = """\
+anime = a neon picture of {prompt} | photo
+comic book = a neon picture of {prompt} | sepia
+line art = a sketch of {prompt} | neon
+oil painting = a sepia photo of {prompt} | neon
+watercolour = a sketch of {prompt} | sepia
+pencil sketch = a sketch of {prompt} | photo, colour
+sepia photograph = a sepia photo of {prompt} | neon, colour
+neon cyberpunk = a neon picture of {prompt} | sepia, grey
+pixel art = a neon picture of {prompt} | sketch
+3d render = a photo of {prompt} | sketch
+impressionist = a sepia photo of {prompt} | sketch
+pop art = a neon picture of {prompt} | photo, sepia"""
+
+
+def mix_two_people(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    first = person(g, m, "2a. First person")
+    second = person(g, m, "2b. Second person", REFERENCE_2)
+    prompts = texts(g, m, kind)
+    (both,) = g.add(
+        "InfiniteIDMix", identity_a=first, identity_b=second, mode="interpolate", ratio=0.5
+    )
+    g.note("`ratio` 0 is the first person, 1 the second. `stack` shows both at once.", 80)
+    model = apply(g, m, both)
+    paint(g, m, kind, model, prompts, "mix_two_people")
+
+
+def save_identity(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    identity = person(g, m, "2. Who")
+    g.column("3. Keep it, and try it")
+    g.add("InfiniteIDSaveIdentity", identity=identity, name="my person", if_exists="overwrite")
+    g.note(
+        "The file holds numbers that tell this person from others, and no photo. It is "
+        "biometric data: treat it as you would the photo. Open `use_saved_identity` next.",
+        120,
+    )
+    prompts = (
+        *g.add("CLIPTextEncode", title="Prompt", clip=m.clip, text=kind.prompt),
+        *g.add("CLIPTextEncode", title="Negative prompt", clip=m.clip, text=kind.negative),
+    )
+    model = apply(g, m, identity)
+    paint(g, m, kind, model, prompts, "save_identity")
+
+
+def use_saved_identity(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind, photo=False)
+    g.column("2. Who")
+    (identity,) = g.add("InfiniteIDLoadIdentity", file="my person.safetensors")
+    g.note("Made by the workflow `save_identity`. No photo, no face models, no encoder.", 80)
+    prompts = texts(g, m, kind, kind.other_prompt if kind.micro else None)
+    model = apply(g, m, identity)
+    paint(g, m, kind, model, prompts, "use_saved_identity")
+
+
+def two_people(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    left_person = person(g, m, "2a. Person on the left")
+    right_person = person(g, m, "2b. Person on the right", REFERENCE_2)
+    g.column("2c. Where they are")
+    size = kind.size
+    (black,) = g.add("SolidMask", value=0.0, width=size, height=size)
+    (half,) = g.add("SolidMask", value=1.0, width=size // 2, height=size)
+    (left,) = g.add("MaskComposite", destination=black, source=half, x=0, y=0, operation="add")
+    (right,) = g.add("InvertMask", mask=left)
+    g.note("Any mask will do: draw your own in the mask editor of a Load Image node.", 80)
+    prompts = texts(g, m, kind, kind.other_prompt)
+    first = apply(g, m, left_person, mask=left)
+    second = apply(g, m, right_person, first, mask=right)
+    paint(g, m, kind, second, prompts, "two_people")
+
+
+def small_face_detail(g: Graph, kind: Kind) -> None:
+    m = loaders(g, kind)
+    identity = person(g, m, "2. Who")
+    assert m.faces
+    g.column("3. Picture with a small face")
+    image, _ = g.add("LoadImage", title="Picture to mend", preview=240, image=REFERENCE)
+    crop, region, _ = g.add(
+        "InfiniteIDFaceCrop", face_analysis=m.faces, image=image, size=kind.size
+    )
+    g.add("PreviewImage", title="The face, enlarged", preview=240, images=crop)
+    g.note(
+        "A face of a few pixels gets a pass of its own: cut out, enlarged, painted again with "
+        "the identity at low `denoise`, and set back with a soft edge.",
+        110,
+    )
+    g.column("4. Detail pass")
+    (positive,) = g.add("CLIPTextEncode", title="Prompt", clip=m.clip, text=kind.prompt)
+    (negative,) = g.add("CLIPTextEncode", title="Negative prompt", clip=m.clip, text=kind.negative)
+    model = apply(g, m, identity)
+    g.column("5. Mended picture")
+    (latent,) = g.add("VAEEncode", pixels=crop, vae=m.vae)
+    (better,) = g.add(
+        "KSampler",
+        model=model,
+        seed=7,
+        steps=kind.steps,
+        cfg=5.0,
+        sampler_name="ddim",
+        scheduler="ddim_uniform",
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        denoise=0.45,
+    )
+    (face,) = g.add("VAEDecode", samples=better, vae=m.vae)
+    (mended,) = g.add("InfiniteIDFacePaste", image=image, crop=face, region=region)
+    g.add("SaveImage", preview=300, images=mended, filename_prefix="infinite-id/small_face_detail")
+
+
+WORKFLOWS: dict[str, Callable[[Graph, Kind], None]] = {
+    draw.__name__: draw
+    for draw in (
+        one_face,
+        style_presets,
+        mix_two_people,
+        save_identity,
+        use_saved_identity,
+        two_people,
+        small_face_detail,
+    )
+}
+
+
+def build(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every file's content by its name; ``info`` is the server's /object_info."""
+    files = {}
+    for name, draw in WORKFLOWS.items():
+        for kind in (MICRO, SDXL):
+            graph = Graph(info)
+            draw(graph, kind)
+            files[f"{name}.{kind.suffix}.json"] = graph.dump()
+    return files
+
+
+def main() -> int:
+    from run import find_host
+
+    from .comfy_live import ComfyServer
+
+    host = find_host()
+    if host is None:
+        print("No ComfyUI found: set COMFYUI_PATH, or run python run.py setup.", file=sys.stderr)
+        return 1
+    with ComfyServer(host=host, pack=ROOT, cpu=True) as server:
+        files = build(server.object_info())
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (FOLDER / name).write_text(text, encoding="utf-8", newline="\n")
+        print(f"workflows/{name}: {len(content['nodes'])} nodes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
