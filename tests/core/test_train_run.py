@@ -1,0 +1,481 @@
+"""What a training run changes, keeps, refuses and writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infinite_id_core.checkpoint import read_adapter, read_header
+from infinite_id_core.errors import MissingPackageError, ModelMismatchError
+from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
+from infinite_id_core.schedule import NoiseSchedule
+from trainer.config import TrainConfig
+from trainer.data_index import Dataset
+from trainer.errors import DiskFullError, NonFiniteError, ResumeError
+from trainer.training import loop, state
+from trainer.training.objective import Objective, TrainingModel
+from trainer.training.samples import Caches, Keys, Plan
+from trainer.unet import load_unet
+
+from . import train_world
+
+
+@pytest.fixture(scope="module")
+def root() -> Path:
+    return train_world.shared()
+
+
+@pytest.fixture
+def settings(root: Path, tmp_path: Path) -> Any:
+    """Configurations of the shared world whose runs go to this test's folder."""
+
+    def make(name: str = "run", **sections: Any) -> TrainConfig:
+        run = {"output": str(tmp_path / name), **sections.pop("run", {})}
+        return train_world.config(root, run=run, **sections)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain_run(root: Path) -> Path:
+    """Four steps with default options; its folder."""
+    loop.train(train_world.config(root, "plain", run={"steps": 4}, checkpoints={"every": 2}))
+    return root / "plain"
+
+
+def parts(config: TrainConfig) -> tuple[Any, Any]:
+    """The frozen UNet and the adapter at step 0, as a run makes them."""
+    loaded = loop.prepare_unet(config, torch.device("cpu"))
+    dataset = Dataset(config.data.folder, config.filters)
+    return loaded, loop.new_adapter(
+        config, loop.adapter_config(config, dataset, loaded), loaded.unet
+    )
+
+
+# --- what learns -----------------------------------------------------------------------------
+
+
+def test_key_values_start_as_the_frozen_texts(settings: Any) -> None:
+    loaded, adapter = parts(settings())
+    text = text_projections(loaded.unet)
+    assert len(text) == train_world.LAYERS
+    for path, (k, v) in text.items():
+        pair = adapter.key_value(path)
+        assert torch.equal(pair.to_k.weight, k)
+        assert torch.equal(pair.to_v.weight, v)
+        assert pair.to_k.weight.data_ptr() != k.data_ptr()
+
+
+def test_only_mappers_and_key_values_change(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+    config = settings(run={"steps": 2})
+    _, before = parts(config)
+    kept: list[Any] = []
+    original = loop.prepare_unet
+
+    def remember(*args: Any) -> Any:
+        kept.append(original(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(loop, "prepare_unet", remember)
+    outcome = loop.train(config)
+    after = read_adapter(outcome.adapter).state_dict()
+    unchanged = [n for n, t in before.state_dict().items() if torch.equal(t, after[n])]
+    assert unchanged == []
+    fresh = load_unet(config.model.unet, head_width=32).unet
+    assert list(kept[0].unet.attn_processors.values())[0].__class__.__name__ == "AttnProcessor2_0"
+    assert set(kept[0].unet.state_dict()) == set(fresh.state_dict())
+    for name, tensor in kept[0].unet.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("text_tokens", [0, 5])
+def test_gradients_reach_every_trainable_tensor(
+    settings: Any, text_tokens: int, checkpointing: bool
+) -> None:
+    loaded, adapter = parts(settings(optimiser={"checkpointing": checkpointing}))
+    batch = {
+        "timestep": torch.tensor([10, 900]),
+        "size_ids": torch.ones(2, 6),
+        "face": torch.randn(2, 512),
+        "clip": torch.randn(2, 257, 96).half(),
+    }
+    if text_tokens:
+        batch["context"] = torch.randn(2, text_tokens, train_world.CONTEXT)
+        batch["pooled"] = torch.randn(2, train_world.POOLED)
+    model = TrainingModel(adapter, loaded.unet, train_world.POOLED)
+    with identity_training(loaded.unet, adapter, text_tokens=text_tokens):
+        model(torch.randn(2, 4, 8, 8), batch).square().mean().backward()
+    assert {n for n, p in model.named_parameters()} == {
+        f"adapter.{n}" for n in adapter.state_dict()
+    }
+    assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in loaded.unet.parameters())
+
+
+def test_text_has_no_say_unless_entangled(settings: Any) -> None:
+    loaded, adapter = parts(settings())
+    batch = {
+        "timestep": torch.tensor([500]), "size_ids": torch.ones(1, 6),
+        "face": torch.randn(1, 512), "clip": torch.randn(1, 257, 96),
+        "context": torch.randn(1, 5, train_world.CONTEXT),
+        "pooled": torch.randn(1, train_world.POOLED),
+    }  # fmt: skip
+    noisy = torch.randn(1, 4, 8, 8)
+    model = TrainingModel(adapter, loaded.unet, train_world.POOLED)
+    alone = {k: v for k, v in batch.items() if k not in ("context", "pooled")}
+    with torch.no_grad(), identity_training(loaded.unet, adapter):
+        out = model(noisy, alone)
+        # Text projections that give nonsense change nothing: nobody reads them.
+        for layer in unet_layers(loaded.unet):
+            loaded.unet.get_submodule(layer.path).attn2.to_k.weight.mul_(50)
+        assert torch.equal(model(noisy, alone), out)
+    with torch.no_grad(), identity_training(loaded.unet, adapter, text_tokens=5):
+        first = model(noisy, batch)
+        batch["context"] = batch["context"] + 1
+        assert not torch.allclose(model(noisy, batch), first)
+
+
+def test_weights_stay_float32_in_every_precision(settings: Any) -> None:
+    for precision in ("bf16", "fp32"):
+        config = settings(precision, run={"steps": 1}, optimiser={"precision": precision})
+        outcome = loop.train(config)
+        header = read_header(state.checkpoints(state.checkpoint_folder(config))[-1] / state.ADAPTER)
+        assert {entry.dtype for entry in header.tensors.values()} == {"F32"}, precision
+        assert outcome.finished
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def test_the_finished_file_is_an_adapter_with_its_record(plain_run: Path, root: Path) -> None:
+    adapter = read_adapter(plain_run / "adapter.safetensors")
+    info = Dataset(root / "data", train_world.config(root).filters).info
+    config = adapter.config
+    assert (config.training_step, config.recogniser, config.clip_model) == (
+        4, "test/rec", "microworld",
+    )  # fmt: skip
+    assert config.dataset_fingerprint == info.fingerprint
+    assert config.base_model == "unet.safetensors"
+    assert (config.context_width, config.clip_width) == (train_world.CONTEXT, 96)
+
+
+def test_the_number_format_of_the_file_is_chosen(settings: Any) -> None:
+    outcome = loop.train(settings(run={"steps": 1, "dtype": "bfloat16"}))
+    header = read_header(outcome.adapter)
+    assert {entry.dtype for entry in header.tensors.values()} == {"BF16"}
+
+
+def test_a_new_run_goes_on_from_an_adapter(plain_run: Path, settings: Any) -> None:
+    path = str(plain_run / "adapter.safetensors")
+    _, adapter = parts(settings(adapter={"start_from": path}))
+    wanted = read_adapter(path).state_dict()
+    assert all(torch.equal(t, wanted[n]) for n, t in adapter.state_dict().items())
+    with pytest.raises(ModelMismatchError, match="face_tokens: 4, now 3"):
+        parts(settings(adapter={"start_from": path, "face_tokens": 3}))
+
+
+# --- resuming --------------------------------------------------------------------------------
+
+
+def test_the_last_k_checkpoints_are_kept_and_leftovers_go(settings: Any) -> None:
+    config = settings(run={"steps": 6}, checkpoints={"every": 1, "keep": 2})
+    leftover = state.checkpoint_folder(config) / ".step-00000009.part"
+    leftover.mkdir(parents=True)
+    loop.train(config)
+    names = sorted(path.name for path in state.checkpoint_folder(config).iterdir())
+    assert names == ["step-00000005", "step-00000006"]
+
+
+def test_a_run_with_other_settings_is_not_resumed(plain_run: Path, root: Path) -> None:
+    def again(**sections: Any) -> None:
+        run = {"steps": 4, **sections.pop("run", {})}
+        loop.train(train_world.config(root, "plain", run=run, **sections))
+
+    with pytest.raises(ResumeError, match="optimiser.rate: 0.001 then, 0.01 now"):
+        again(optimiser={"rate": 0.01})
+    with pytest.raises(ResumeError, match="run.seed: 7 then, 8 now"):
+        again(run={"seed": 8})
+    again(checkpoints={"every": 3}, log={"every": 7}, data={"workers": 1})  # these are free
+
+
+def test_a_run_on_other_data_is_not_resumed(plain_run: Path, settings: Any, tmp_path: Path) -> None:
+    other = train_world.write_dataset(tmp_path / "other", people=5)
+    shutil.copytree(plain_run, tmp_path / "run")
+    with pytest.raises(ResumeError, match="the dataset has changed"):
+        loop.train(settings(run={"steps": 4}, data={"folder": str(other)}))
+
+
+def test_resume_words(plain_run: Path, root: Path, settings: Any, tmp_path: Path) -> None:
+    config = train_world.config(root, "plain", run={"steps": 4})
+    assert state.find_checkpoint(config, "auto").name == "step-00000004"
+    with pytest.raises(ResumeError, match="holds 2 checkpoints"):
+        state.find_checkpoint(config, "none")
+    with pytest.raises(ResumeError, match="is no checkpoint"):
+        state.find_checkpoint(config, str(tmp_path))
+    assert state.find_checkpoint(settings(), "auto") is None
+    # Any earlier checkpoint can be gone back to, and ends in the same file.
+    wanted = train_world.bits(plain_run / "adapter.safetensors")
+    copied = settings(run={"steps": 4}, checkpoints={"every": 2})
+    outcome = loop.train(copied, str(plain_run / "checkpoints" / "step-00000002"))
+    assert train_world.bits(outcome.adapter) == wanted
+
+
+def test_a_damaged_checkpoint_is_named(plain_run: Path, settings: Any, tmp_path: Path) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoints" / "step-00000004" / state.STATE
+    broken.write_bytes(broken.read_bytes()[:1000])
+    config = settings(run={"steps": 5}, checkpoints={"every": 2})
+    with pytest.raises(ResumeError, match="step-00000004: the checkpoint is damaged"):
+        loop.train(config)
+    shutil.rmtree(broken.parent)
+    assert loop.train(config).step == 5
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    config = settings(run={"steps": 4}, checkpoints={"every": 1})
+    save, calls = torch.save, []
+
+    def fill_up(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with pytest.raises(DiskFullError, match="disk is full"):
+        loop.train(config)
+    folder = state.checkpoint_folder(config)
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000001", "step-00000002"]
+    assert loop.train(config).finished
+
+
+# --- refusing --------------------------------------------------------------------------------
+
+
+def poison(config: TrainConfig, number: int, value: float) -> str:
+    """Put ``value`` into the cached latent of a sample; returns its description."""
+    dataset = Dataset(config.data.folder, config.filters)
+    plan = Plan(config, dataset, config.optimiser.batch)
+    caches = Caches.below(config)
+    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
+    choice = plan.choice(number)
+    crop = plan.crop(choice.target, choice.crop)
+    key = keys.latent(dataset.row(choice.target), crop)
+    latent = caches.latents.read(key)
+    shutil.rmtree(caches.latents.folder)
+    caches = Caches.below(config)
+    caches.latents.write({key: torch.full_like(latent, value)})
+    return choice.describe(dataset)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_sample(
+    settings: Any, tmp_path: Path, root: Path
+) -> None:
+    shutil.copytree(root / "data", tmp_path / "data")
+    config = settings(
+        run={"steps": 9}, data={"folder": str(tmp_path / "data")}, checkpoints={"every": 1}
+    )
+    loop.train(settings("first", run={"steps": 1}, data={"folder": str(tmp_path / "data")}))
+    named = poison(config, 5, float("nan"))
+    with pytest.raises(NonFiniteError) as caught:
+        loop.train(config)
+    assert named in str(caught.value)
+    last = state.checkpoints(state.checkpoint_folder(config))[-1]
+    assert str(last) in str(caught.value)
+    assert all(t.isfinite().all() for t in read_adapter(last / state.ADAPTER).state_dict().values())
+
+
+def test_a_norm_that_is_no_number_stops_before_the_step(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(NonFiniteError, match=r"Step 1: the gradient norm is inf.*sample 0 .*1 "):
+        loop.train(settings())
+
+
+def test_eight_bit_adam_without_its_package_is_named(settings: Any) -> None:
+    with pytest.raises(MissingPackageError, match="bitsandbytes"):
+        loop.train(settings(optimiser={"kind": "adamw8bit"}))
+
+
+# --- the objective ---------------------------------------------------------------------------
+
+
+def batch_at(*timesteps: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(timesteps), 4, 8, 8)
+    return {
+        "latent": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "timestep": torch.tensor(timesteps),
+    }
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_right_answer_has_no_loss(prediction: Any) -> None:
+    schedule = NoiseSchedule(prediction=prediction)
+    objective, batch = Objective(schedule, 0.0, torch.device("cpu")), batch_at(1, 500, 999)
+    noisy = objective.noisy(batch)
+    alpha = schedule.alphas_cumprod[batch["timestep"]].float().view(-1, 1, 1, 1)
+    # The clean latent that the sampler would read off the right answer is the true one.
+    sigma = ((1 - alpha) / alpha).sqrt()
+    answer = batch["noise"] if prediction == "epsilon" else (
+        alpha.sqrt() * batch["noise"] - (1 - alpha).sqrt() * batch["latent"]
+    )  # fmt: skip
+    weighted, plain = objective.losses(answer, batch)
+    assert plain.max() < 1e-10
+    assert weighted.max() < 1e-10
+    clean = schedule.denoised(noisy / alpha.sqrt(), answer, sigma)
+    torch.testing.assert_close(clean, batch["latent"], rtol=1e-3, atol=2e-3)
+
+
+def test_min_snr_weights() -> None:
+    timesteps = (0, 300, 999)
+    alpha = NoiseSchedule().alphas_cumprod[list(timesteps)].float()
+    snr = alpha / (1 - alpha)
+    batch = batch_at(*timesteps)
+    output = torch.zeros_like(batch["noise"])
+    for prediction, over in (("epsilon", snr), ("v", snr + 1)):
+        objective = Objective(NoiseSchedule(prediction=prediction), 5.0, torch.device("cpu"))
+        weighted, plain = objective.losses(output, batch)
+        torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / over)
+
+
+def test_rates(settings: Any) -> None:
+    options = settings(
+        run={"steps": 110},
+        optimiser={"rate": 1.0, "warmup": 10, "schedule": "cosine", "final_rate": 0.1},
+    ).optimiser
+    assert options.rate_at(0, 110) == pytest.approx(1 / 11)
+    assert options.rate_at(9, 110) == pytest.approx(10 / 11)
+    assert options.rate_at(10, 110) == pytest.approx(1.0)
+    assert options.rate_at(109, 110) == pytest.approx(0.1)
+    fixed = settings(optimiser={"rate": 0.5}).optimiser
+    assert {fixed.rate_at(step, 3) for step in range(3)} == {0.5}
+
+
+# --- options that change the run -------------------------------------------------------------
+
+
+def test_entangled_training_reads_the_captions(settings: Any, tmp_path: Path, root: Path) -> None:
+    """On the embedded model, whose text encoders fit its UNet."""
+    config = settings(
+        run={"steps": 2},
+        model={"unet": "microworld"},
+        objective={"mode": "entangled", "drop_text": 0.5},
+        data={"cache": str(tmp_path / "cache"), "crops_per_photo": 1},
+    )
+    assert loop.train(config).finished
+    caches = Caches.below(config)
+    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
+    captions = {c for c in Dataset(root / "data", config.filters).table["caption"].to_pylist()}
+    assert caches.text.missing([keys.text(c) for c in ("", *captions)]) == []
+    context = caches.text.read(keys.text("photo 1 of a person"))
+    assert context.shape == (77, 128)
+    assert not torch.equal(context, caches.text.read(keys.text("")))
+
+
+def test_every_option_changes_the_weights(settings: Any) -> None:
+    """Switched on, each of these leads elsewhere; none is read and forgotten."""
+    variants: dict[str, dict[str, Any]] = {
+        "none": {},
+        "min_snr": {"objective": {"min_snr": 1.0}},
+        "noise_offset": {"objective": {"noise_offset": 0.3}},
+        "drop_identity": {"objective": {"drop_identity": 1.0}},
+        "prediction": {"model": {"prediction": "v"}},
+        "zero_terminal_snr": {"model": {"zero_terminal_snr": True}},
+        "seed": {"run": {"seed": 8}},
+        "embedding": {"encoder": {"embedding": "raw"}},
+        "accumulation": {"optimiser": {"accumulation": 2}},
+        "clip_norm": {"optimiser": {"clip_norm": 1e-6, "epsilon": 1e-3}},
+        "weight_decay": {"optimiser": {"weight_decay": 0.9}},
+        "betas": {"optimiser": {"beta1": 0.1}},
+        "ema": {"optimiser": {"ema": 0.9}},
+    }
+    found = {}
+    for name, sections in variants.items():
+        run = {"steps": 2, **sections.pop("run", {})}
+        outcome = loop.train(settings(name, run=run, **sections))
+        tensors = read_adapter(outcome.adapter).state_dict()
+        found[name] = torch.cat([t.flatten() for t in tensors.values()])
+    same = [n for n, w in found.items() if n != "none" and torch.equal(w, found["none"])]
+    assert same == []
+
+
+def test_gradient_checkpointing_gives_the_same_weights(plain_run: Path, settings: Any) -> None:
+    config = settings(run={"steps": 4}, optimiser={"checkpointing": True})
+    weights = read_adapter(loop.train(config).adapter).state_dict()
+    for name, tensor in read_adapter(plain_run / "adapter.safetensors").state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# --- logs and previews -----------------------------------------------------------------------
+
+
+class EveryoneAlike:
+    """A recogniser that finds a face in every other picture, always the same one."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.answer = torch.randn(512, generator=torch.Generator().manual_seed(1))
+
+    def embed(self, picture: torch.Tensor) -> torch.Tensor | None:
+        self.calls += 1
+        assert picture.shape == (64, 64, 3)
+        return self.answer if self.calls % 2 else None
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def test_logs_and_previews_and_neither_changes_the_weights(
+    plain_run: Path, settings: Any, tmp_path: Path
+) -> None:
+    recogniser = EveryoneAlike()
+    config = settings(
+        run={"steps": 4},
+        log={"tensorboard": True, "every": 2, "bands": 2},
+        previews={"every": 2, "steps": 2, "people": 2},
+        checkpoints={"every": 2},
+    )
+    outcome = loop.train(config, recogniser=recogniser)
+    wanted = train_world.bits(plain_run / "adapter.safetensors")
+    assert train_world.bits(outcome.adapter) == wanted
+    found = events(tmp_path / "run" / "logs")
+    tags = set(found.Tags()["scalars"])
+    assert {"loss/all", "gradient_norm", "images_per_second", "rate"} <= tags
+    assert {"loss/timesteps_000_to_499", "loss/timesteps_500_to_999"} & tags
+    assert [entry.step for entry in found.Scalars("loss/all")] == [2, 4]
+    assert found.Scalars("gradient_norm")[0].value > 0
+    pictures = found.Tags()["images"]
+    assert pictures == ["preview/person 5/identity stream alone"]
+    assert [entry.step for entry in found.Images(pictures[0])] == [2, 4]
+    assert [e.value for e in found.Scalars("likeness/detected")] == [1.0, 0.0]
+    row = Dataset(config.data.folder, config.filters, "held_out")
+    reference = torch.from_numpy(row.face(0))
+    cosine = torch.cosine_similarity(recogniser.answer, reference, dim=0)
+    values = [e.value for e in found.Scalars("likeness/zero_filled")]
+    assert values == pytest.approx([float(cosine), 0.0], abs=1e-5)
+
+
+def test_settings_are_kept_with_a_checkpoint(plain_run: Path) -> None:
+    record = json.loads(
+        (plain_run / "checkpoints" / "step-00000004" / state.CONFIG).read_text(encoding="utf-8")
+    )
+    assert record["config"]["optimiser"]["rate"] == 1e-3
+    assert set(record["fingerprints"]) == {"dataset", "unet", "vae", "clip", "text"}
