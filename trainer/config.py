@@ -416,7 +416,9 @@ def _section(source: str, name: str, cls: type[Any], entries: Mapping[str, Any])
 def _check_names(source: str, what: str, found: Mapping[str, Any], known: list[str]) -> None:
     for name in found:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            # 'learning_rate' means 'rate', though 'final_rate' looks more like it.
+            within = [key for key in known if key in name.split("_")]
+            near = within or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
             raise UnknownKeyError(f"{source}: {name!r} is no {what}. {hint}")
 

@@ -176,7 +176,8 @@ def _read_unet(described: UNetFile, dtype: torch.dtype) -> Iterator[tuple[str, T
     try:
         with safe_open(described.path, framework="pt") as file:
             for ldm, name in described.names.items():
-                tensor = file.get_tensor(described.prefix + ldm).to(dtype)
+                # Copied: aligned, whatever its place in the file, and safe from its changes.
+                tensor = file.get_tensor(described.prefix + ldm).to(dtype, copy=True)
                 if not bool(tensor.isfinite().all()):
                     raise NotFiniteError(described.path, f"{ldm} holds NaN or infinity.")
                 yield name, tensor
