@@ -8,7 +8,7 @@ from typing import Any
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 COLUMN, GAP, TOP = 400, 60, 60  # pixels on the canvas
-LINE, HEAD = 24, 40
+LINE, HEAD = 21, 26
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,7 @@ def person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> Out:
     assert m.faces and m.vision
     g.column(title)
     image, _ = g.add("LoadImage", title="Reference photo", preview=240, image=photo)
-    faces, _, preview, _ = g.add("InfiniteIDAlignFace", face_analysis=m.faces, image=image)
-    g.add("PreviewImage", title="Found faces, numbered", preview=240, images=preview)
+    faces, *_ = g.add("InfiniteIDAlignFace", preview=240, face_analysis=m.faces, image=image)
     (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
     return identity
 

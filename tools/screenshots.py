@@ -1,0 +1,51 @@
+"""Writes docs/images/workflow_*.png: every embedded workflow in ComfyUI's page, after a run.
+
+python -m tools.screenshots       # needs ComfyUI and a Chromium
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from .comfy_live import ComfyServer
+from .make_workflows import FOLDER, ROOT, WORKFLOWS
+from .page import Page, find_browser
+
+IMAGES = ROOT / "docs" / "images"
+
+
+def main() -> int:
+    from run import find_host
+    from tests.server.references import upload_references
+
+    host, browser = find_host(), find_browser()
+    if host is None or browser is None:
+        print(f"Needs ComfyUI ({host}) and a Chromium ({browser}).", file=sys.stderr)
+        return 1
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with ComfyServer(host=host, pack=ROOT, cpu=True) as server:
+        with tempfile.TemporaryDirectory() as folder:
+            upload_references(server, Path(folder))
+        for name in WORKFLOWS:
+            # A page of its own each: lists of files are read when the page opens.
+            with Page(browser, server.url) as page:
+                graph = json.loads((FOLDER / f"{name}.micro.json").read_text(encoding="utf-8"))
+                page.open_workflow(graph)
+                page.queue()
+                page.fit()
+                path = IMAGES / f"workflow_{name}.png"
+                page.screenshot(path)
+                Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(
+                    path, optimize=True
+                )
+                print(path.relative_to(ROOT), path.stat().st_size, page.trouble(), page.problems)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
