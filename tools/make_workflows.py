@@ -126,10 +126,18 @@ def texts(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[O
     return positive, negative
 
 
-def paint(g: Graph, m: Models, kind: Kind, model: Out, texts: tuple[Out, Out], name: str) -> None:
+def paint(
+    g: Graph,
+    m: Models,
+    kind: Kind,
+    model: Out,
+    texts: tuple[Out, Out],
+    name: str,
+    title: str = "4. Picture",
+) -> None:
     """Sampler, decoder, saved picture (the paper's sampler, steps and guidance)."""
     (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size)
-    g.column("4. Picture")
+    g.column(title)
     (latent,) = g.add(
         "KSampler",
         model=model,
@@ -177,13 +185,14 @@ def style_presets(g: Graph, kind: Kind) -> None:
     )
     (yes,) = g.add("CLIPTextEncode", title="Prompt in that style", clip=m.clip, text=positive)
     (no,) = g.add("CLIPTextEncode", title="Negative in that style", clip=m.clip, text=negative)
+    g.column("4. Apply")
     model = apply(g, m, identity)
     g.note(
         "The styles are text: edit a line, or its words after `|`, which are avoided. "
         "`style = adain_mean` in Apply is what lets the style through; `style_strength` doses it.",
         110,
     )
-    paint(g, m, kind, model, (yes, no), "style_presets")
+    paint(g, m, kind, model, (yes, no), "style_presets", "5. Picture")
 
 
 MICRO_STYLES = """\

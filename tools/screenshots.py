@@ -28,7 +28,9 @@ def main() -> int:
         print(f"Needs ComfyUI ({host}) and a Chromium ({browser}).", file=sys.stderr)
         return 1
     IMAGES.mkdir(parents=True, exist_ok=True)
-    with ComfyServer(host=host, pack=ROOT, cpu=True) as server:
+    # No cache: a page shows the pictures of the nodes that ran for it.
+    extra = ("--cache-none",)
+    with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=extra) as server:
         with tempfile.TemporaryDirectory() as folder:
             upload_references(server, Path(folder))
         for name in WORKFLOWS:
