@@ -49,9 +49,9 @@ class Graph:
             }
         )
 
-    def note(self, text: str, height: int) -> None:
+    def note(self, title: str, text: str, height: int) -> None:
         """A text for the reader."""
-        self._place("MarkdownNote", [text], [], [], None, height, color="#432")
+        self._place("MarkdownNote", [text], [], [], title, height, color="#432")
 
     def add(
         self, kind: str, *, title: str | None = None, preview: int = 0, **values: Any

@@ -69,9 +69,10 @@ class Models:
     adapter: Out
 
 
-def loaders(g: Graph, kind: Kind, *, photo: bool = True) -> Models:
+def loaders(g: Graph, kind: Kind, about: tuple[str, int], *, photo: bool = True) -> Models:
     """The column of models; without a photo there is nothing to detect or encode."""
     g.column("1. Models")
+    g.note("What this does", *about)
     if kind.micro:
         model, clip, vae = g.add("InfiniteIDMicroModel")
     else:
@@ -87,7 +88,7 @@ def loaders(g: Graph, kind: Kind, *, photo: bool = True) -> Models:
         else:
             file = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
             (vision,) = g.add("CLIPVisionLoader", clip_name=file)
-    g.note(*(MICRO_NOTE if kind.micro else SDXL_NOTE))
+    g.note("Which models", *(MICRO_NOTE if kind.micro else SDXL_NOTE))
     return Models(model=model, clip=clip, vae=vae, faces=faces, vision=vision, adapter=adapter)
 
 
@@ -163,7 +164,8 @@ def apply(g: Graph, m: Models, identity: Out, model: Out | None = None, **values
 
 
 def one_face(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "A photo of a person and a prompt in; that person, doing what the prompt says, out."
+    m = loaders(g, kind, (about, 80))
     identity = person(g, m, "2. Who")
     prompts = texts(g, m, kind)
     model = apply(g, m, identity)
@@ -171,7 +173,8 @@ def one_face(g: Graph, kind: Kind) -> None:
 
 
 def style_presets(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "The person of the photo in one of twelve styles: choose it in Style Preset."
+    m = loaders(g, kind, (about, 80))
     identity = person(g, m, "2. Who")
     g.column("3. What to paint, in which style")
     values = {"presets": MICRO_STYLES} if kind.micro else {}
@@ -188,6 +191,7 @@ def style_presets(g: Graph, kind: Kind) -> None:
     g.column("4. Apply")
     model = apply(g, m, identity)
     g.note(
+        "Styles",
         "The styles are text: edit a line, or its words after `|`, which are avoided. "
         "`style = adain_mean` in Apply is what lets the style through; `style_strength` doses it.",
         110,
@@ -211,24 +215,32 @@ pop art = a neon picture of {prompt} | photo, sepia"""
 
 
 def mix_two_people(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "One new person out of two photos. `ratio` in Mix says how much of each."
+    m = loaders(g, kind, (about, 80))
     first = person(g, m, "2a. First person")
     second = person(g, m, "2b. Second person", REFERENCE_2)
     prompts = texts(g, m, kind)
     (both,) = g.add(
         "InfiniteIDMix", identity_a=first, identity_b=second, mode="interpolate", ratio=0.5
     )
-    g.note("`ratio` 0 is the first person, 1 the second. `stack` shows both at once.", 80)
+    g.note(
+        "Mixing",
+        "`ratio` 0 is the first person, 1 the second. `interpolate` goes straight from one to the "
+        "other; with `stack` the model reads both side by side.",
+        100,
+    )
     model = apply(g, m, both)
     paint(g, m, kind, model, prompts, "mix_two_people")
 
 
 def save_identity(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "Keeps the person of the photo in a file, so that the photo is not needed again."
+    m = loaders(g, kind, (about, 80))
     identity = person(g, m, "2. Who")
     g.column("3. Keep it, and try it")
     g.add("InfiniteIDSaveIdentity", identity=identity, name="my person", if_exists="overwrite")
     g.note(
+        "The file",
         "The file holds numbers that tell this person from others, and no photo. It is "
         "biometric data: treat it as you would the photo. Open `use_saved_identity` next.",
         120,
@@ -242,43 +254,65 @@ def save_identity(g: Graph, kind: Kind) -> None:
 
 
 def use_saved_identity(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind, photo=False)
+    about = "A saved person in a new picture: no photo, no face models, no image encoder."
+    m = loaders(g, kind, (about, 80), photo=False)
     g.column("2. Who")
     (identity,) = g.add("InfiniteIDLoadIdentity", file="my person.safetensors")
-    g.note("Made by the workflow `save_identity`. No photo, no face models, no encoder.", 80)
+    g.note(
+        "The file",
+        "Run the workflow `save_identity` first: it writes this file. If you named yours "
+        "otherwise, press R to refresh the list and choose it.",
+        90,
+    )
     prompts = texts(g, m, kind, kind.other_prompt if kind.micro else None)
     model = apply(g, m, identity)
     paint(g, m, kind, model, prompts, "use_saved_identity")
 
 
 def two_people(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "Two people in one picture. Each Apply paints its person where its mask is white."
+    m = loaders(g, kind, (about, 80))
     left_person = person(g, m, "2a. Person on the left")
     right_person = person(g, m, "2b. Person on the right", REFERENCE_2)
     g.column("2c. Where they are")
     size = kind.size
-    (black,) = g.add("SolidMask", value=0.0, width=size, height=size)
-    (half,) = g.add("SolidMask", value=1.0, width=size // 2, height=size)
-    (left,) = g.add("MaskComposite", destination=black, source=half, x=0, y=0, operation="add")
-    (right,) = g.add("InvertMask", mask=left)
-    g.note("Any mask will do: draw your own in the mask editor of a Load Image node.", 80)
+    (black,) = g.add("SolidMask", title="Black, all of it", value=0.0, width=size, height=size)
+    (half,) = g.add("SolidMask", title="White half", value=1.0, width=size // 2, height=size)
+    (left,) = g.add(
+        "MaskComposite",
+        title="White on the left",
+        destination=black,
+        source=half,
+        x=0,
+        y=0,
+        operation="add",
+    )
+    (right,) = g.add("InvertMask", title="White on the right", mask=left)
+    g.note(
+        "Masks",
+        "Any mask will do: draw your own in the mask editor of a Load Image node. Masks may "
+        "overlap; where none is white, the picture is the prompt's alone.",
+        100,
+    )
     prompts = texts(g, m, kind, kind.other_prompt)
-    first = apply(g, m, left_person, mask=left)
-    second = apply(g, m, right_person, first, mask=right)
+    first = apply(g, m, left_person, title="Apply: person on the left", mask=left)
+    second = apply(g, m, right_person, first, title="Apply: person on the right", mask=right)
     paint(g, m, kind, second, prompts, "two_people")
 
 
 def small_face_detail(g: Graph, kind: Kind) -> None:
-    m = loaders(g, kind)
+    about = "Gives a small face in a finished picture a pass of its own."
+    m = loaders(g, kind, (about, 80))
     identity = person(g, m, "2. Who")
     assert m.faces
     g.column("3. Picture with a small face")
     image, _ = g.add("LoadImage", title="Picture to mend", preview=240, image=REFERENCE)
-    crop, region, _ = g.add(
+    crop, region, mask = g.add(
         "InfiniteIDFaceCrop", face_analysis=m.faces, image=image, size=kind.size
     )
     g.add("PreviewImage", title="The face, enlarged", preview=240, images=crop)
     g.note(
+        "The detail pass",
         "A face of a few pixels gets a pass of its own: cut out, enlarged, painted again with "
         "the identity at low `denoise`, and set back with a soft edge.",
         110,
@@ -289,6 +323,7 @@ def small_face_detail(g: Graph, kind: Kind) -> None:
     model = apply(g, m, identity)
     g.column("5. Mended picture")
     (latent,) = g.add("VAEEncode", pixels=crop, vae=m.vae)
+    (latent,) = g.add("SetLatentNoiseMask", title="Only the face", samples=latent, mask=mask)
     (better,) = g.add(
         "KSampler",
         model=model,
