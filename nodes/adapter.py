@@ -29,7 +29,7 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
                     f"'{EMBEDDED}' goes with the Micro Model node.",
                 ),
             ],
-            outputs=[Adapter.Output(display_name="adapter")],
+            outputs=[Adapter.Output(display_name="adapter", tooltip="For Infinite-ID Apply.")],
         )
 
     @classmethod

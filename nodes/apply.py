@@ -89,7 +89,11 @@ class InfiniteIDApply(io.ComfyNode):
                     tooltip="Where in the picture this person is. Nothing connected: everywhere.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="For KSampler, or the next person's Apply."
+                )
+            ],
         )
 
     @classmethod

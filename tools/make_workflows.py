@@ -291,7 +291,7 @@ def two_people(g: Graph, kind: Kind) -> None:
     g.note(
         "Masks",
         "Any mask will do: draw your own in the mask editor of a Load Image node. Masks may "
-        "overlap; where none is white, the picture is the prompt's alone.",
+        "overlap; where none is white, only the prompt speaks.",
         100,
     )
     prompts = texts(g, m, kind, kind.other_prompt)

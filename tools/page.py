@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ QUIET = (
 )
 
 
+# Else a first visit opens the template browser over the graph.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Locale": "en"}
+
+
 class PageError(Exception):
     """The page did not do what it should; the message holds what it said."""
 
@@ -41,9 +46,19 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One browser tab. A context manager: the browser ends with it."""
+    """One browser tab. A context manager: the browser ends with it.
 
-    def __init__(self, browser: str, url: str, width: int = 1920, height: int = 1080) -> None:
+    ``settings`` are the page's own; the server keeps them for its later pages.
+    """
+
+    def __init__(
+        self,
+        browser: str,
+        url: str,
+        width: int = 1920,
+        height: int = 1080,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._folder = tempfile.mkdtemp(prefix="infinite-id-page-")
         self._process = subprocess.Popen(
             [
@@ -70,12 +85,9 @@ class Page:
                 deviceScaleFactor=1,
                 mobile=False,
             )
-            # Else a first visit opens the template browser over the graph.
-            for name, value in (
-                ("Comfy.TutorialCompleted", "true"),
-                ("Comfy.Minimap.Visible", "false"),
-            ):
-                request = urllib.request.Request(f"{url}/settings/{name}", data=value.encode())
+            for name, value in {**SETTINGS, **(settings or {})}.items():
+                data = json.dumps(value).encode()
+                request = urllib.request.Request(f"{url}/settings/{name}", data=data)
                 urllib.request.urlopen(request, timeout=30).close()
             self.call("Page.navigate", url=url)
             self.until("window.app && window.app.graph && document.querySelector('#graph-canvas')")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tools.comfy_live import ComfyServer
+from tools.make_docs import LOCALES
 from tools.make_workflows import FOLDER, WORKFLOWS
 from tools.page import Page, find_browser
 
@@ -66,9 +65,29 @@ def test_runs_from_the_page(page: Page, server: ComfyServer) -> None:
     assert len(set(saved.glob("one_face*.png")) - before) == 1
 
 
-def test_help_page_of_every_node_is_served(server: ComfyServer) -> None:
-    folder = Path(__file__).resolve().parents[2] / "web" / "docs"
-    for file in sorted(folder.glob("*.md")):
-        address = f"{server.url}/extensions/infinite-id/docs/{file.name}"
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            assert answer.read().decode() == file.read_text(encoding="utf-8"), file.name
+def test_labels_follow_the_language(server: ComfyServer) -> None:
+    assert BROWSER is not None
+    graph = json.loads((FOLDER / "one_face.micro.json").read_text(encoding="utf-8"))
+    try:
+        with Page(BROWSER, server.url, settings={"Comfy.Locale": "zh"}) as page:
+            page.open_workflow(graph)
+            node = "window.app.graph._nodes.find(n => n.type === 'InfiniteIDApply')"
+            labels = page.run(f"{node}.widgets.map(w => w.label)")
+            title = page.run(f"{node}.title")
+    finally:
+        with Page(BROWSER, server.url):  # sets the language back for the other tests
+            pass
+    chinese = json.loads((LOCALES / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert title == chinese["InfiniteIDApply"]["display_name"]
+    assert chinese["InfiniteIDApply"]["inputs"]["style_strength"]["name"] in labels
+
+
+def test_help_opens_from_the_node(page: Page) -> None:
+    graph = json.loads((FOLDER / "one_face.micro.json").read_text(encoding="utf-8"))
+    page.open_workflow(graph)
+    page.fit()
+    node = "window.app.graph._nodes.find(n => n.type === 'InfiniteIDApply')"
+    page.run(f"window.app.canvas.selectNode({node}); window.app.canvas.setDirty(true, true)")
+    page.until("document.querySelector('[data-testid=info-button]')")
+    page.run("document.querySelector('[data-testid=info-button]').click()")
+    page.until("document.body.innerText.includes('How it works')")
