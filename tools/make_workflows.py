@@ -113,7 +113,7 @@ def person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> Out:
     """Photo -> aligned face -> identity."""
     assert m.faces and m.vision
     g.column(title)
-    image, _ = g.add("LoadImage", title="Reference photo", preview=240, image=photo)
+    image, _ = g.add("LoadImage", title="Reference photo: choose yours", preview=240, image=photo)
     faces, *_ = g.add("InfiniteIDAlignFace", preview=240, face_analysis=m.faces, image=image)
     (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
     return identity
@@ -190,11 +190,15 @@ def style_presets(g: Graph, kind: Kind) -> None:
     (no,) = g.add("CLIPTextEncode", title="Negative in that style", clip=m.clip, text=negative)
     g.column("4. Apply")
     model = apply(g, m, identity)
+    four = (
+        " The embedded models know four styles (photo, sketch, sepia, neon); the others borrow one."
+    )
     g.note(
         "Styles",
         "The styles are text: edit a line, or its words after `|`, which are avoided. "
-        "`style = adain_mean` in Apply is what lets the style through; `style_strength` doses it.",
-        110,
+        "`style = adain_mean` in Apply is what lets the style through; `style_strength` doses it."
+        + (four if kind.micro else ""),
+        120,
     )
     paint(g, m, kind, model, (yes, no), "style_presets", "5. Picture")
 
@@ -306,7 +310,9 @@ def small_face_detail(g: Graph, kind: Kind) -> None:
     identity = person(g, m, "2. Who")
     assert m.faces
     g.column("3. Picture with a small face")
-    image, _ = g.add("LoadImage", title="Picture to mend", preview=240, image=REFERENCE)
+    image, _ = g.add(
+        "LoadImage", title="Picture to mend: choose yours", preview=240, image=REFERENCE
+    )
     crop, region, mask = g.add(
         "InfiniteIDFaceCrop", face_analysis=m.faces, image=image, size=kind.size
     )
