@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from .checkpoint import read_header
+from .checkpoint import Header, read_header
 from .errors import (
     EncoderError,
     HeaderError,
@@ -221,6 +221,8 @@ class OpenClipVision:
         self.clip_model = clip_model
         self.image_size = image_size
         self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
+        self.read_texts: Callable[[Sequence[str]], Tensor] | None = None
+        """The same model's text side, texts to ``[n, E]`` beside ``image_embeds`` (CLIP-T)."""
         self.place: Callable[[], torch.device] = lambda: next(visual.parameters()).device
         self.output_device = torch.device("cpu")
 
@@ -330,11 +332,14 @@ def _fits(path: Path) -> bool:
     )
 
 
-def load_open_clip(model: str, path: str | Path) -> OpenClipVision:
+def load_open_clip(
+    model: str, path: str | Path, tokens: int | None = CLIP_TOKENS
+) -> OpenClipVision:
     """The visual tower of an open_clip model, from a safetensors file in open_clip's naming.
 
-    Nothing is downloaded. Raises ``MissingPackageError``, ``EncoderError`` for a model that does
-    not fit, and subclasses of ``FileError`` naming what is wrong with the file.
+    ``tokens`` None takes a model with any number of tokens: enough for scores, not for an
+    identity. Nothing is downloaded. Raises ``MissingPackageError``, ``EncoderError`` for a model
+    that does not fit, and subclasses of ``FileError`` naming what is wrong with the file.
     """
     open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
     if model not in open_clip.list_models() or _OTHER_PREPROCESSING in model:
@@ -342,21 +347,50 @@ def load_open_clip(model: str, path: str | Path) -> OpenClipVision:
             f"open_clip has no model {model!r} with CLIP's preprocessing. Those that fit: "
             f"{', '.join(open_clip_models())}."
         )
-    visual = _empty_tower(open_clip.get_model_config(model), model)
-    return _filled(visual, _read_tower(Path(path), visual), model)
+    config = open_clip.get_model_config(model)
+    visual = _empty_tower(config, model, tokens)
+    vision = _filled(visual, _read_tower(Path(path), visual), model)
+    vision.read_texts = functools.partial(_texts_of_file, config, model, Path(path))
+    return vision
 
 
 def build_open_clip(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], clip_model: str
 ) -> OpenClipVision:
-    """The visual tower of a model given as open_clip config and state dict (``visual.*``)."""
+    """The visual tower of a model given as open_clip config and state dict (``visual.*``).
+
+    Where the state dict has a text side, the encoder reads texts with it.
+    """
     require("open_clip", "to read images with open_clip", "open_clip_torch")
     visual = _empty_tower(config, clip_model)
     tower = {k.removeprefix("visual."): v for k, v in weights.items() if k.startswith("visual.")}
-    return _filled(visual, tower, clip_model)
+    vision = _filled(visual, tower, clip_model)
+    text = {k: v for k, v in weights.items() if not k.startswith("visual.")}
+    if any(name.endswith("token_embedding.weight") for name in text):
+        vision.read_texts = functools.partial(_texts_of_state, config, clip_model, text)
+    return vision
 
 
-def _empty_tower(config: Mapping[str, Any], model: str) -> nn.Module:
+# Late: clip_text.py uses this file's checks.
+def _texts_of_file(
+    config: Mapping[str, Any], model: str, path: Path, texts: Sequence[str]
+) -> Tensor:
+    from .clip_text import load_text_tower
+
+    return load_text_tower(config, model, path).encode(texts)
+
+
+def _texts_of_state(
+    config: Mapping[str, Any], model: str, state: Mapping[str, Tensor], texts: Sequence[str]
+) -> Tensor:
+    from .clip_text import build_text_tower
+
+    return build_text_tower(config, model, state).encode(texts)
+
+
+def _empty_tower(
+    config: Mapping[str, Any], model: str, wanted: int | None = CLIP_TOKENS
+) -> nn.Module:
     """The tower without memory for its weights. Only its part of the model is ever built."""
     from open_clip.model import _build_vision_tower
     from open_clip.transformer import VisionTransformer
@@ -374,9 +408,9 @@ def _empty_tower(config: Mapping[str, Any], model: str) -> nn.Module:
     if not hasattr(visual, "forward_intermediates"):
         raise EncoderError("open_clip is too old. Install open_clip_torch 2.32 or newer.")
     tokens = visual.grid_size[0] * visual.grid_size[1] + 1
-    if tokens != CLIP_TOKENS:
+    if wanted is not None and tokens != wanted:
         raise EncoderError(
-            f"{model} gives {tokens} tokens; expected {CLIP_TOKENS} (patch 14 at 224 pixels). "
+            f"{model} gives {tokens} tokens; expected {wanted} (patch 14 at 224 pixels). "
             f"Those that fit: {', '.join(open_clip_models())}."
         )
     return cast(nn.Module, visual)
@@ -389,7 +423,8 @@ def _filled(visual: nn.Module, tower: Mapping[str, Tensor], model: str) -> OpenC
     for parameter in visual.parameters():
         if id(parameter) not in inside:  # small: float32 from the start
             parameter.data = parameter.data.float()
-    return OpenClipVision(visual, model)
+    size: Any = visual.image_size
+    return OpenClipVision(visual, model, size[0])
 
 
 def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
@@ -402,7 +437,7 @@ def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
             "CLIP Vision' node, which gives the same result."
         )  # fmt: skip
     prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
-    wanted = {prefix + name: tuple(p.shape) for name, p in visual.state_dict().items()}
+    wanted = {prefix + name: p.shape for name, p in visual.state_dict().items()}
     missing = sorted(wanted.keys() - names)
     extra = sorted(n for n in names - wanted.keys() if n.startswith("visual."))
     if missing:
@@ -415,9 +450,20 @@ def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
             path, f"has {len(extra)} image tensors this model does not know, e.g. {extra[:3]}. "
             "Is it the weights of another model?"
         )  # fmt: skip
+    tensors = read_floats(path, header, wanted)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_floats(
+    path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """The ``wanted`` tensors of a file that has them all, by name and shape, checked.
+
+    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``HeaderError``.
+    """
     for name, shape in wanted.items():
         entry = header.tensors[name]
-        if entry.shape != shape:
+        if entry.shape != tuple(shape):
             raise WrongShapeError(
                 path, f"{name} has shape {list(entry.shape)}; expected {list(shape)}. Is it the "
                 "weights of another model?"
@@ -426,7 +472,7 @@ def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
             raise WrongDtypeError(path, f"{name} is {entry.dtype}; expected one of {_FLOATS}.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in wanted}
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise HeaderError(path, f"cannot be read ({error}).") from error
     for name, tensor in tensors.items():

@@ -1,10 +1,11 @@
 """The microworld's own commands.
 
-    python -m microworld sheet OUT.png            a contact sheet of people and styles
-    python -m microworld train --everything       train every base model; resumes where it was
-    python -m microworld train --only unet        one of them, and what it needs
-    python -m microworld export                   write microworld/weights from the checkpoints
-    python -m microworld check                    pictures and scores of the trained base
+python -m microworld sheet OUT.png            a contact sheet of people and styles
+python -m microworld people FOLDER            photos of made people, a folder each
+python -m microworld train --everything       train every base model; resumes where it was
+python -m microworld train --only unet        one of them, and what it needs
+python -m microworld export                   write microworld/weights from the checkpoints
+python -m microworld check                    pictures and scores of the trained base
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ ALIASES = {"clip": "unet"}  # the text encoders are trained with the UNet
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
     parser = argparse.ArgumentParser(
-        prog="python -m microworld", description=__doc__,
+        prog="python -m microworld",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     sheet = commands.add_parser("sheet", help="draw a contact sheet")
     sheet.add_argument("out", type=Path)
+    people = commands.add_parser("people", help="draw photos of made people, a folder each")
+    people.add_argument("folder", type=Path)
+    people.add_argument("--people", type=int, default=48)
+    people.add_argument("--photos", type=int, default=6, help="of each person")
+    people.add_argument("--size", type=int, default=256, help="pixels")
+    people.add_argument("--held-out", action="store_true", help="people no training has seen")
     train = commands.add_parser("train", help="train, or resume")
     chosen = train.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--everything", action="store_true")
@@ -40,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (train, export, check):
         command.add_argument("--runs", type=Path, default=RUNS, help="folder of checkpoints")
     options = parser.parse_args(arguments)
-    {"sheet": _sheet, "train": _train, "export": _export, "check": _check}[options.command](options)
+    {
+        "sheet": _sheet,
+        "people": _people,
+        "train": _train,
+        "export": _export,
+        "check": _check,
+    }[options.command](options)
 
 
 def _sheet(options: argparse.Namespace) -> None:
@@ -50,6 +64,17 @@ def _sheet(options: argparse.Namespace) -> None:
 
     Image.fromarray(contact_sheet()).save(options.out)
     print(options.out)
+
+
+def _people(options: argparse.Namespace) -> None:
+    from .people import write_people
+
+    print(
+        write_people(
+            options.folder, options.people, options.photos,
+            size=options.size, held_out=options.held_out,
+        )
+    )  # fmt: skip
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -93,9 +93,7 @@ def _clip(seed: int) -> CLIP:
     import folder_paths
     from comfy import sdxl_clip, supported_models_base
 
-    state = _weights(
-        files.TEXT_ENCODERS, _text_reference(), random_weights.text_state_dict, seed
-    )
+    state = _weights(files.TEXT_ENCODERS, _text_reference(), random_weights.text_state_dict, seed)
     clip = comfy.sd.CLIP(
         supported_models_base.ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),

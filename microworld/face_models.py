@@ -137,39 +137,70 @@ class Recogniser(nn.Module):
 
 
 def train_detector(
-    *, seed: int = 0, scenes: int = 4800, epochs: int = 13, batch: int = 32
+    *,
+    seed: int = 0,
+    scenes: int = 4000,
+    rounds: tuple[int, ...] = (1100, 500, 500),
+    batch: int = 32,
 ) -> Detector:
-    """Train on freshly drawn scenes."""
+    """Train on freshly drawn scenes, one round of so many steps after another.
+
+    After each round a third of the scenes makes way for empty ones in which it still sees faces.
+    """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     maker = SceneMaker(astronaut_sources(), portrait_sources(300, rng), background_pictures())
     drawn = [maker.make(rng) for _ in range(scenes)]
-    pictures = torch.from_numpy(np.stack([scene.picture for scene in drawn])).permute(0, 3, 1, 2)
-    targets = [torch.stack(parts) for parts in zip(*(_targets(s) for s in drawn), strict=True)]
-    model = Detector().train().to(memory_format=torch.channels_last)
-    steps = epochs * (scenes // batch)
+    model = Detector().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
-    for step, rows in enumerate(_batches(scenes, batch, epochs, rng)):
-        images = _photometric(pictures[rows].float() / 127.5 - 1, rng)
-        loss = _detector_loss(model(images), *(part[rows] for part in targets))
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimiser.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"detector {step}/{steps} loss {loss.item():.3f}", flush=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=sum(rounds))
+    for number, steps in enumerate(rounds):
+        if number:
+            drawn[: scenes // 3] = _mistaken(model, maker, scenes // 3, rng)
+        pictures = _stacked([scene.picture for scene in drawn])
+        targets = [torch.stack(p) for p in zip(*(_targets(s) for s in drawn), strict=True)]
+        model.train()
+        for step, rows in enumerate(_batches(scenes, batch, steps, rng)):
+            images = _photometric(pictures[rows].float() / 127.5 - 1, rng)
+            loss = _detector_loss(model(images), *(part[rows] for part in targets))
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimiser.step()
+            schedule.step()
+            if step % 100 == 0:
+                print(f"detector {number}: {step}/{steps} loss {loss.item():.3f}", flush=True)
     return model.eval()
 
 
+@torch.no_grad()
+def _mistaken(
+    model: Detector, maker: SceneMaker, count: int, rng: np.random.Generator
+) -> list[Scene]:
+    """Of four times as many empty scenes, those with the highest scores."""
+    model.eval()
+    found: list[tuple[float, Scene]] = []
+    for _ in range(4 * count // 50):
+        scenes = [maker.empty(rng) for _ in range(50)]
+        scores = model(_stacked([s.picture for s in scenes]).float() / 127.5 - 1)[0].amax((1, 2))
+        found += zip(scores.tolist(), scenes, strict=True)
+    found.sort(key=lambda pair: -pair[0])
+    print(f"detector sees faces in {sum(s > 0 for s, _ in found)} of {len(found)} empty scenes")
+    return [scene for _, scene in found[:count]]
+
+
+def _stacked(pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
+    # BHWC -> BCHW
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
 def _batches(
-    count: int, batch: int, epochs: int, rng: np.random.Generator
+    count: int, batch: int, steps: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    for _ in range(epochs):
-        order = rng.permutation(count)
-        for start in range(0, count - batch + 1, batch):
-            yield order[start : start + batch]
+    """Every row once before any row twice."""
+    order = np.concatenate([rng.permutation(count) for _ in range(steps * batch // count + 1)])
+    for step in range(steps):
+        yield order[step * batch : (step + 1) * batch]
 
 
 def _photometric(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -160,7 +160,12 @@ class Nuisance:
 
 
 _CLOTHES: tuple[Colour, ...] = (
-    (60, 80, 140), (150, 50, 55), (70, 120, 80), (210, 205, 195), (50, 50, 58), (190, 150, 60),
+    (60, 80, 140),
+    (150, 50, 55),
+    (70, 120, 80),
+    (210, 205, 195),
+    (50, 50, 58),
+    (190, 150, 60),
 )
 _TRIMS: tuple[Colour, ...] = ((200, 40, 50), (40, 90, 190), (60, 60, 66), (235, 190, 60))
 _SKINS: tuple[Colour, ...] = ((252, 226, 206), (232, 186, 148), (178, 124, 86), (98, 62, 42))
@@ -205,19 +210,19 @@ def face_landmarks(
     """
     nuisance = nuisance or Nuisance()
     face = _Face(identity, nuisance)
-    points = np.array([
-        [face.eye_x(-1), face.eye_y],
-        [face.eye_x(1), face.eye_y],
-        [face.shift(0.2), face.nose_y],
-        [face.shift(0.11) - face.mouth_half, face.mouth_y],
-        [face.shift(0.11) + face.mouth_half, face.mouth_y],
-    ])
+    points = np.array(
+        [
+            [face.eye_x(-1), face.eye_y],
+            [face.eye_x(1), face.eye_y],
+            [face.shift(0.2), face.nose_y],
+            [face.shift(0.11) - face.mouth_half, face.mouth_y],
+            [face.shift(0.11) + face.mouth_half, face.mouth_y],
+        ]
+    )
     return face.to_picture(points, size)
 
 
-def face_box(
-    identity: Identity, nuisance: Nuisance | None = None, size: int = IMAGE_SIZE
-) -> Array:
+def face_box(identity: Identity, nuisance: Nuisance | None = None, size: int = IMAGE_SIZE) -> Array:
     """The face from brow ridge's hairline to chin as [4] pixels x0, y0, x1, y1 (not clipped)."""
     nuisance = nuisance or Nuisance()
     face = _Face(identity, nuisance)
@@ -322,7 +327,9 @@ class _Painter:
     def _line(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
         placed = self.face.to_picture(np.asarray(points), self.size)
         self.draw.line(
-            placed.ravel().tolist(), fill=colour, width=max(1, round(width * self.unit)),
+            placed.ravel().tolist(),
+            fill=colour,
+            width=max(1, round(width * self.unit)),
             joint="curve",
         )
 
@@ -335,8 +342,12 @@ class _Painter:
         flare = _mix(0.06, 0.20, length)
         side = width + flare
         top = _CIRCLE[14:] * (width + 0.10, 1.12) + (0, -0.04)
-        lower = [(side, bottom * 0.5), (side + 0.02, bottom), (-side - 0.02, bottom),
-                 (-side, bottom * 0.5)]
+        lower = [
+            (side, bottom * 0.5),
+            (side + 0.02, bottom),
+            (-side - 0.02, bottom),
+            (-side, bottom * 0.5),
+        ]
         self._fill(np.concatenate([top, np.array(lower)]), _shade(self.hair, 0.82))
 
     def _body(self) -> None:
@@ -348,8 +359,9 @@ class _Painter:
         if self.attributes.accessory == 3:
             trim = _TRIMS[self.nuisance.trim]
             self._oval(0.0, 1.18, 1.12, 0.40, trim)
-            self._line([(-0.95, 1.18), (-0.3, 1.40), (0.4, 1.42), (0.95, 1.20)],
-                       _shade(trim, 0.55), 0.07)
+            self._line(
+                [(-0.95, 1.18), (-0.3, 1.40), (0.4, 1.42), (0.95, 1.20)], _shade(trim, 0.55), 0.07
+            )
             self._line([(-0.98, 1.02), (-0.2, 1.22), (0.6, 1.18)], _shade(trim, 1.4), 0.06)
 
     def _face(self) -> None:
@@ -385,13 +397,29 @@ class _Painter:
         x, half, y = face.shift(0.2), face.nose_half, face.nose_y
         bridge = face.shift(0.1)
         shadow = _shade(self.skin, 0.80)
-        self._fill([(bridge - 0.03, 0.0), (bridge + 0.05, 0.0), (x + half, y), (x, y + 0.07),
-                    (x - half, y)], shadow)
-        self._fill([(bridge - 0.025, 0.02), (bridge + 0.015, 0.02), (x + half * 0.4, y - 0.02),
-                    (x - half * 0.6, y - 0.02)], _shade(self.skin, 1.06))
+        self._fill(
+            [
+                (bridge - 0.03, 0.0),
+                (bridge + 0.05, 0.0),
+                (x + half, y),
+                (x, y + 0.07),
+                (x - half, y),
+            ],
+            shadow,
+        )
+        self._fill(
+            [
+                (bridge - 0.025, 0.02),
+                (bridge + 0.015, 0.02),
+                (x + half * 0.4, y - 0.02),
+                (x - half * 0.6, y - 0.02),
+            ],
+            _shade(self.skin, 1.06),
+        )
         for side in (-1, 1):
-            self._oval(x + side * half * 0.55, y + 0.015, half * 0.3, 0.026,
-                       _shade(self.skin, 0.45))
+            self._oval(
+                x + side * half * 0.55, y + 0.015, half * 0.3, 0.026, _shade(self.skin, 0.45)
+            )
 
     def _mouth(self) -> None:
         face, expression = self.face, self.attributes.expression
@@ -421,15 +449,23 @@ class _Painter:
         inner = face.width * 0.90
         parting = face.shift(0.08)
         edge = [
-            (outer, -0.05), (outer, side_y), (outer - lock, side_y - 0.05), (inner - 0.02, -0.28),
-            (inner * 0.62 + parting, line + 0.05), (parting, line - 0.05),
-            (-inner * 0.62 + parting, line + 0.05), (-inner + 0.02, -0.28),
-            (-outer + lock, side_y - 0.05), (-outer, side_y), (-outer, -0.05),
+            (outer, -0.05),
+            (outer, side_y),
+            (outer - lock, side_y - 0.05),
+            (inner - 0.02, -0.28),
+            (inner * 0.62 + parting, line + 0.05),
+            (parting, line - 0.05),
+            (-inner * 0.62 + parting, line + 0.05),
+            (-inner + 0.02, -0.28),
+            (-outer + lock, side_y - 0.05),
+            (-outer, side_y),
+            (-outer, -0.05),
         ]
         self._fill(np.concatenate([cap, np.array(edge)]), self.hair)
         shine = _shade(_blend(self.hair, (255, 255, 255), 0.22), 1.0)
-        self._line([(-0.42 + parting, -0.86), (-0.1 + parting, -0.96), (0.3 + parting, -0.93)],
-                   shine, 0.07)
+        self._line(
+            [(-0.42 + parting, -0.86), (-0.1 + parting, -0.96), (0.3 + parting, -0.93)], shine, 0.07
+        )
 
     def _glasses(self) -> None:
         face, frame = self.face, (24, 24, 30)
@@ -437,10 +473,14 @@ class _Painter:
             x = face.eye_x(side)
             ring = _CIRCLE * (0.235, 0.205) + (x, face.eye_y + 0.01)
             self._line([*map(tuple, ring), tuple(ring[0]), tuple(ring[1])], frame, 0.06)
-            self._line([(x + side * 0.23, face.eye_y), (side * (face.width + 0.02), -0.1)],
-                       frame, 0.05)
-        self._line([(face.eye_x(-1) + 0.22, face.eye_y - 0.03),
-                    (face.eye_x(1) - 0.22, face.eye_y - 0.03)], frame, 0.06)
+            self._line(
+                [(x + side * 0.23, face.eye_y), (side * (face.width + 0.02), -0.1)], frame, 0.05
+            )
+        self._line(
+            [(face.eye_x(-1) + 0.22, face.eye_y - 0.03), (face.eye_x(1) - 0.22, face.eye_y - 0.03)],
+            frame,
+            0.06,
+        )
 
     def _hat(self) -> None:
         trim = _TRIMS[self.nuisance.trim]
@@ -448,10 +488,20 @@ class _Painter:
         crown = _CIRCLE[14:] * (outer, 0.78) + (0, -0.66)
         self._fill(crown, trim)
         brim = outer + 0.22
-        self._fill([(-brim, -0.62), (-outer, -0.72), (outer, -0.72), (brim, -0.62),
-                    (outer, -0.54), (-outer, -0.54)], _shade(trim, 0.62))
-        self._fill([(-outer, -0.86), (outer, -0.86), (outer, -0.72), (-outer, -0.72)],
-                   _shade(trim, 1.4))
+        self._fill(
+            [
+                (-brim, -0.62),
+                (-outer, -0.72),
+                (outer, -0.72),
+                (brim, -0.62),
+                (outer, -0.54),
+                (-outer, -0.54),
+            ],
+            _shade(trim, 0.62),
+        )
+        self._fill(
+            [(-outer, -0.86), (outer, -0.86), (outer, -0.72), (-outer, -0.72)], _shade(trim, 1.4)
+        )
 
 
 def _background(kind: int, size: int, scenery: float) -> Image.Image:
@@ -500,20 +550,34 @@ def _city(draw: ImageDraw.ImageDraw, size: float, rng: np.random.Generator) -> N
         for row in np.arange(top + 0.04, 0.95, 0.085):
             for column in (0.02, 0.08):
                 left = (x + column) * size
-                draw.rectangle((left, row * size, left + 0.036 * size, (row + 0.04) * size),
-                               fill=(250, 230, 130))
+                draw.rectangle(
+                    (left, row * size, left + 0.036 * size, (row + 0.04) * size),
+                    fill=(250, 230, 130),
+                )
 
 
 def _mountain(draw: ImageDraw.ImageDraw, size: float, rng: np.random.Generator) -> None:
     _bands(draw, size, [(0, (165, 200, 240)), (0.75, (238, 243, 250))])
     for i in range(7):
         x, top = i / 3, rng.uniform(0.1, 0.3)
-        draw.polygon([((x - 0.34) * size, 0.8 * size), (x * size, top * size),
-                      ((x + 0.34) * size, 0.8 * size)], fill=(92, 102, 125))
+        draw.polygon(
+            [
+                ((x - 0.34) * size, 0.8 * size),
+                (x * size, top * size),
+                ((x + 0.34) * size, 0.8 * size),
+            ],
+            fill=(92, 102, 125),
+        )
         cut = (0.8 - top) * 0.34
         wide = 0.34 * 0.34
-        draw.polygon([((x - wide) * size, (top + cut) * size), (x * size, top * size),
-                      ((x + wide) * size, (top + cut) * size)], fill=(248, 250, 255))
+        draw.polygon(
+            [
+                ((x - wide) * size, (top + cut) * size),
+                (x * size, top * size),
+                ((x + wide) * size, (top + cut) * size),
+            ],
+            fill=(248, 250, 255),
+        )
 
 
 def _night(draw: ImageDraw.ImageDraw, size: float, rng: np.random.Generator) -> None:
@@ -542,8 +606,10 @@ def _library(draw: ImageDraw.ImageDraw, size: float, rng: np.random.Generator) -
         while x < 2:
             wide, tall = rng.uniform(0.035, 0.07), rng.uniform(0.14, 0.2)
             bottom = shelf * 0.25 + 0.225
-            draw.rectangle((x * size, (bottom - tall) * size, (x + wide) * size - 2, bottom * size),
-                           fill=books[int(rng.integers(len(books)))])
+            draw.rectangle(
+                (x * size, (bottom - tall) * size, (x + wide) * size - 2, bottom * size),
+                fill=books[int(rng.integers(len(books)))],
+            )
             x += wide
 
 

@@ -147,8 +147,10 @@ def contact_sheet(people: int = 8, pictures: int = 10, seed: int = 0) -> Picture
         row = [render(identity, Attributes(background=0, style=0, expression=0, accessory=0))]
         for column in range(1, pictures):
             drawn = Attributes(
-                background=int(rng.integers(8)), style=(column - 1) // 2 % 4,
-                expression=int(rng.integers(3)), accessory=int(rng.integers(4)),
+                background=int(rng.integers(8)),
+                style=(column - 1) // 2 % 4,
+                expression=int(rng.integers(3)),
+                accessory=int(rng.integers(4)),
             )
             row.append(render(identity, drawn, Nuisance.sample(rng)))
         rows.append(np.concatenate(row, axis=1))

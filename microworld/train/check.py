@@ -30,8 +30,10 @@ def check(folder: Path, out: Path, count: int) -> Iterator[str]:
         yield f"{name} on held-out renders: same person {same:.3f}, others {other:.3f}"
     rng = generator("check prompts")
     drawn = [Attributes.sample(rng, held_out=True) for _ in range(max(count, 200))]
-    real = [render(Identity.from_seed(people[i % 300]), a, Nuisance.sample(rng))
-            for i, a in enumerate(drawn)]
+    real = [
+        render(Identity.from_seed(people[i % 300]), a, Nuisance.sample(rng))
+        for i, a in enumerate(drawn)
+    ]
     prompts = [plain_caption(a) for a in drawn]
     yield f"attributes of held-out renders: {_rates(scoring.prompt_kept(real, prompts))}"
     through = _through(vae, real)
@@ -63,8 +65,14 @@ def _through(vae: Autoencoder, pictures: list[Picture]) -> list[Picture]:
 
 def _reconstruction(vae: Autoencoder) -> str:
     rng = generator("check vae")
-    pictures = [render(Identity.from_seed(HELD_OUT_SEEDS.start + i), Attributes.sample(rng),
-                       Nuisance.sample(rng)) for i in range(64)]
+    pictures = [
+        render(
+            Identity.from_seed(HELD_OUT_SEEDS.start + i),
+            Attributes.sample(rng),
+            Nuisance.sample(rng),
+        )
+        for i in range(64)
+    ]
     error = np.stack(_through(vae, pictures)).astype(float) - np.stack(pictures)
     return f"autoencoder: {20 * np.log10(255 / np.sqrt((error**2).mean())):.1f} dB"
 

@@ -40,8 +40,13 @@ def sample(
     identity = Identity.from_seed(chosen)
     attributes = Attributes.sample(rng, held_out=held_out)
     nuisance = Nuisance.sample(rng)
-    return Sample(seed=chosen, identity=identity, attributes=attributes, nuisance=nuisance,
-                  picture=render(identity, attributes, nuisance, size))
+    return Sample(
+        seed=chosen,
+        identity=identity,
+        attributes=attributes,
+        nuisance=nuisance,
+        picture=render(identity, attributes, nuisance, size),
+    )
 
 
 def to_tensor(pictures: list[Picture]) -> torch.Tensor:

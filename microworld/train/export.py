@@ -84,8 +84,9 @@ def export_recogniser(folder: Path) -> Path:
     """weights/insightface/.../rec.onnx, in the form insightface's ArcFaceONNX takes."""
     model = WithTraits()
     model.load_state_dict(weights_of(folder, "recogniser"))
-    return _export(lambda path: face_models.export_recogniser(model.recogniser.eval(), path),
-                   files.RECOGNISER)
+    return _export(
+        lambda path: face_models.export_recogniser(model.recogniser.eval(), path), files.RECOGNISER
+    )
 
 
 def export_scorer(folder: Path) -> Path:
@@ -103,13 +104,15 @@ def export_attributes(folder: Path) -> Path:
 
     def write(path: Path) -> None:
         graph = Graph("microworld attributes")
-        body = face_models._sequence(graph, model.body[:-1], graph.input(
-            "image", ["batch", 3, 128, 128]))
+        body = face_models._sequence(
+            graph, model.body[:-1], graph.input("image", ["batch", 3, 128, 128])
+        )
         weight, bias = face_models._folded(model.body[-1])
         last = graph.conv(body, weight, bias, groups=weight.shape[0])
         logits = graph.conv(last, model.embed.weight[:, :, None, None], model.embed.bias)
-        graph.output("logits", graph.add("Flatten", logits, axis=1),
-                     ["batch", sum(ATTRIBUTE_SIZES)])
+        graph.output(
+            "logits", graph.add("Flatten", logits, axis=1), ["batch", sum(ATTRIBUTE_SIZES)]
+        )
         graph.save(path)
 
     return _export(write, ATTRIBUTES)
@@ -117,8 +120,9 @@ def export_attributes(folder: Path) -> Path:
 
 def export_detector(folder: Path) -> Path:
     """weights/insightface/.../det.onnx, SCRFD-shaped; trained by `face_models`."""
-    return _export(lambda path: path.write_bytes((folder / "det.onnx").read_bytes()),
-                   files.DETECTOR)
+    return _export(
+        lambda path: path.write_bytes((folder / "det.onnx").read_bytes()), files.DETECTOR
+    )
 
 
 EXPORTS: dict[str, Callable[[Path], Path]] = {

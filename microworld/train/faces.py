@@ -221,5 +221,8 @@ def attribute_reader(
 
 def everything(folder: Path, data: Pictures) -> dict[str, Any]:
     """All three."""
-    return {"recogniser": recogniser(folder, data), "scorer": scorer(folder, data),
-            "attributes": attribute_reader(folder, data)}
+    return {
+        "recogniser": recogniser(folder, data),
+        "scorer": scorer(folder, data),
+        "attributes": attribute_reader(folder, data),
+    }

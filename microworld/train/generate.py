@@ -30,7 +30,9 @@ def generate(
     times = torch.linspace(999, 0, steps + 1).round().long()
     for now, then in zip(times, times[1:], strict=False):
         noise = model.unet(
-            torch.cat([latents, latents]), now, context,
+            torch.cat([latents, latents]),
+            now,
+            context,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": ids},
         ).sample
         told, empty = noise.chunk(2)

@@ -1,8 +1,9 @@
 """E_clip: a tiny open_clip model whose image tokens carry identity as well as content.
 
 Two objectives take turns: whole pictures against their captions (which gives CLIP-T and CLIP-I),
-and aligned faces whose mean token of the last block must tell the person. Published CLIP models
-learn faces from captions with names; our captions have none, so identity is taught directly.
+and aligned faces whose mean token of the last block must tell the person's traits and what the
+recogniser says of the picture. Published CLIP models learn faces from captions with names; our
+captions have none, so identity is taught directly.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..captions import caption
-from ..config import OPEN_CLIP
-from ..portraits import ATTRIBUTE_NAMES, Attributes, Identity
+from ..config import FACE_WIDTH, OPEN_CLIP
+from ..portraits import ATTRIBUTE_NAMES, ATTRIBUTE_SIZES, Attributes, Identity
 from .data import generator
-from .faces import Crops, contrast, pairs, worn
-from .loop import LoopOptions, train
+from .faces import Crops, recogniser, worn
+from .loop import LoopOptions, arithmetic, train
 from .pictures import Pictures
 from .text import row_of_ids, tokenize, used_ids
 
-OPTIONS = LoopOptions(steps=1000, rate=1.5e-3, warmup=100, weight_decay=0.01, ema=0.99)
-PEOPLE_A_STEP = 16
+OPTIONS = LoopOptions(steps=1300, rate=1.2e-3, warmup=100, weight_decay=0.01, ema=0.99)
+FACES_A_STEP = 32
 CAPTIONS_A_STEP = 32
+CAPTIONS_EVERY = 3  # steps; the others teach faces
+_CUT = 112  # pixels: a face of a 128 px picture has no more to show
 PADDING = 0.25  # of the aligned crop, as infinite_id_core.face cuts it for E_clip
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
 
 class ImageText(nn.Module):
-    """open_clip's own model on the captions' vocabulary, and two heads used only to train it."""
+    """open_clip's own model on the captions' vocabulary, and heads used only to train it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +46,11 @@ class ImageText(nn.Module):
         config["text_cfg"]["vocab_size"] = len(used_ids()) + 1
         self.clip = open_clip.CLIP(**config)
         width = OPEN_CLIP["vision_cfg"]["width"]
-        self.person = nn.Linear(width, 128)
-        self.traits = nn.Linear(width, 12)
+        # The norm takes away what all pictures' mean tokens share, which is most of them at first.
+        self.person = nn.Sequential(
+            nn.BatchNorm1d(width, affine=False), nn.Linear(width, 12 + FACE_WIDTH)
+        )
+        self.seen = nn.Linear(OPEN_CLIP["embed_dim"], sum(ATTRIBUTE_SIZES))
         self.register_buffer("rows", row_of_ids(), persistent=False)
 
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -69,9 +75,7 @@ def normed(images: torch.Tensor) -> torch.Tensor:
     return (images - _MEAN) / _STD
 
 
-def captions_of(
-    data: Pictures, rows: NDArray[np.int64], rng: np.random.Generator
-) -> list[str]:
+def captions_of(data: Pictures, rows: NDArray[np.int64], rng: np.random.Generator) -> list[str]:
     """One caption of each picture; some describe the person."""
     return [
         caption(
@@ -84,15 +88,21 @@ def captions_of(
 
 
 def _identity_loss(
-    model: ImageText, crops: Crops, rng: np.random.Generator
+    model: ImageText, crops: Crops, teacher: nn.Module, rng: np.random.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    rows = pairs(rng, crops.data, PEOPLE_A_STEP)
-    faces = crops.batch(rows, rng, size=OPEN_CLIP["vision_cfg"]["image_size"], padding=PADDING)
-    with torch.autocast("cpu", torch.bfloat16):
-        mean = model.tokens(normed(worn(faces, rng))).float().mean(dim=1)
-    told, numbers = contrast(model.person(mean))
-    traits = F.mse_loss(model.traits(mean), crops.data.traits[rows])
-    return told + 10 * traits, {**numbers, "traits": float(traits.detach())}
+    rows = rng.choice(len(crops.data), FACES_A_STEP, replace=False)
+    with torch.no_grad():
+        known = F.normalize(teacher(crops.batch(rows, rng) * 2 - 1), dim=1)
+    faces = worn(crops.batch(rows, rng, size=_CUT, padding=PADDING), rng)
+    with arithmetic():
+        mean = model.tokens(normed(faces)).float().mean(dim=1)
+    traits, face = model.person(mean).split([12, FACE_WIDTH], dim=1)
+    error = F.mse_loss(traits, crops.data.traits[rows])
+    cosine = F.cosine_similarity(face, known).mean()
+    return 10 * error + (1 - cosine), {
+        "traits": float(error.detach()),
+        "cosine": float(cosine.detach()),
+    }
 
 
 def _caption_loss(
@@ -100,26 +110,32 @@ def _caption_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     rows = rng.choice(len(data), CAPTIONS_A_STEP, replace=False)
     images = data.pictures[rows].permute(0, 3, 1, 2).float() / 255  # BHWC -> BCHW
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic():
         seen = model.image(normed(worn(images, rng)))
         said = model.words(captions_of(data, rows, rng))
+    logits = model.seen(seen.float()).split(ATTRIBUTE_SIZES, dim=1)
+    wanted = data.attributes[rows].unbind(dim=1)
+    named = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, wanted, strict=True)]).sum()
     seen, said = F.normalize(seen.float(), dim=1), F.normalize(said.float(), dim=1)
-    logits = seen @ said.T * model.clip.logit_scale.exp().clamp(max=50)
+    cosine = seen @ said.T * model.clip.logit_scale.exp().clamp(max=50)
     same = torch.arange(len(rows))
-    loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-    return loss, {"told": float((logits.argmax(dim=1) == same).float().mean())}
+    loss = (F.cross_entropy(cosine, same) + F.cross_entropy(cosine.T, same)) / 2
+    return loss + named, {
+        "named": float(named.detach()),
+        "told": float((cosine.argmax(dim=1) == same).float().mean()),
+    }
 
 
 def run(folder: Path, data: Pictures, options: LoopOptions = OPTIONS) -> ImageText:
     """Train, or load what is trained."""
     torch.manual_seed(5)
-    model, crops = ImageText(), Crops(data)
+    model, crops, teacher = ImageText(), Crops(data), recogniser(folder, data)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = generator("open_clip", step)
-        if step % 2:
+        if step % CAPTIONS_EVERY == 0:
             return _caption_loss(model, data, rng)
-        return _identity_loss(model, crops, rng)
+        return _identity_loss(model, crops, teacher, rng)
 
     model.load_state_dict(train("open_clip", folder, model, loss, options))
     return model.eval()

@@ -60,8 +60,13 @@ class TextEncoders(nn.Module):
         ids = used_ids()
         self.register_buffer("rows", row_of_ids(), persistent=False)
         self.end_row = ids.index(END)
-        own = {"vocab_size": len(ids) + 1, "eos_token_id": self.end_row, "bos_token_id": 0,
-               "pad_token_id": 0, "attn_implementation": "eager"}
+        own = {
+            "vocab_size": len(ids) + 1,
+            "eos_token_id": self.end_row,
+            "bos_token_id": 0,
+            "pad_token_id": 0,
+            "attn_implementation": "eager",
+        }
         self.l = CLIPTextModelWithProjection(CLIPTextConfig(**{**TEXT_L, **own}))
         self.g = CLIPTextModelWithProjection(CLIPTextConfig(**{**TEXT_G, **own}))
         for encoder in (self.l, self.g):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..portraits import Picture
 from .data import generator, sample, to_tensor
-from .loop import LoopOptions, load_checkpoint, save_atomic, train
+from .loop import LoopOptions, arithmetic, load_checkpoint, save_atomic, train
 from .pictures import Pictures
 
 SDXL_SCALE = 0.13025  # what SDXL's latent format multiplies by; our latents are unit scale after it
@@ -67,8 +67,11 @@ def decoder(widths: tuple[int, int, int, int] = DECODER_WIDTHS) -> nn.Sequential
     """Latents [B, 4, H/8, W/8] to [B, 3, H, W] in [0, 1]."""
     layers: list[nn.Module] = [Clamp(), _conv(4, widths[0]), nn.ReLU()]
     for width, after in zip(widths, widths[1:], strict=False):
-        layers += [*(Block(width) for _ in range(3)), nn.Upsample(scale_factor=2),
-                   _conv(width, after, bias=False)]
+        layers += [
+            *(Block(width) for _ in range(3)),
+            nn.Upsample(scale_factor=2),
+            _conv(width, after, bias=False),
+        ]
     return nn.Sequential(*layers, Block(widths[-1]), _conv(widths[-1], 3))
 
 
@@ -137,7 +140,7 @@ def _loss(model: Autoencoder, step: int) -> tuple[torch.Tensor, dict[str, float]
     pictures = to_tensor([_crop(sample(rng).picture, rng) for _ in range(BATCH)])
     pictures = pictures.contiguous(memory_format=torch.channels_last)
     noise = torch.from_numpy(rng.standard_normal((BATCH, 4, *_latent(pictures)), dtype="float32"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic():
         latents = model.encode(pictures)
         # A little noise makes neighbouring latents decode alike, which diffusion needs.
         made = model.decode(latents + 0.06 * noise)
@@ -213,7 +216,7 @@ def _encode(vae: Autoencoder, pictures: torch.Tensor) -> torch.Tensor:
     batch = (pictures.permute(0, 3, 1, 2).float() / 255).contiguous(
         memory_format=torch.channels_last
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic():
         return vae.encode(batch).half().contiguous()
 
 
@@ -233,7 +236,7 @@ def refine_decoder(
         latents = encoded[rows].float()
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype="float32"))
         pictures = data.pictures[rows].permute(0, 3, 1, 2).float() / 255  # BHWC -> BCHW
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             made = model.decode(latents + 0.05 * noise)
         error, slopes = _errors(made.float(), pictures)
         return 10 * error + 5 * slopes, {"mse": float(error.detach())}
@@ -250,8 +253,10 @@ def widen(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     wide: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        size = [v if v in (3, 4) and d < 2 and _is_edge(key, d) else (64 if d < 2 else v)
-                for d, v in enumerate(value.shape)]
+        size = [
+            v if v in (3, 4) and d < 2 and _is_edge(key, d) else (64 if d < 2 else v)
+            for d, v in enumerate(value.shape)
+        ]
         padded = torch.zeros(size, dtype=value.dtype)
         padded[tuple(slice(0, v) for v in value.shape)] = value
         wide[key] = padded

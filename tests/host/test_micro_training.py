@@ -86,6 +86,4 @@ def test_the_widened_autoencoder_computes_what_the_narrow_one_does(exact_files, 
         host.encode(pictures) * vae.SDXL_SCALE, latents, rtol=1e-4, atol=1e-4
     )
     decoded = model.decode(latents).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(
-        host.decode(latents / vae.SDXL_SCALE), decoded, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(host.decode(latents / vae.SDXL_SCALE), decoded, rtol=1e-4, atol=1e-4)

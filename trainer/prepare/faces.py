@@ -29,7 +29,8 @@ from .photo import Picture
 ALIGNED_SIZE = 112  # pixels, ArcFace's
 SHARPNESS_SIZE = 224  # pixels: fine enough to tell a blurred large face
 BATCH = 64
-MAX_FACES = 8  # of one photo of a labelled person, largest first
+MAX_FACES = 4  # of one photo of a labelled person, largest first,
+MIN_AREA = 0.25  # and none with less than this share of the largest one's area
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def detect(models: FaceModels, picture: Picture, *, retry: bool) -> list[Detecte
     """
     app = load(models)
     height, width = picture.shape[:2]
-    boxes, points = app.det_model.detect(np.ascontiguousarray(picture[..., ::-1]))
+    boxes, points = app.det_model.detect(_bgr(picture))
     found = [
         DetectedFace(
             box=_clipped(box[:4], width, height),
@@ -115,6 +116,13 @@ def detect(models: FaceModels, picture: Picture, *, retry: bool) -> list[Detecte
     return sorted(usable, key=lambda face: (-face.area, face.box))
 
 
+def _bgr(picture: Picture) -> Picture:
+    """insightface reads what OpenCV reads."""
+    import cv2
+
+    return cast(Picture, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+
 def _clipped(
     box: NDArray[np.float32], width: int, height: int
 ) -> tuple[float, float, float, float]:
@@ -125,6 +133,13 @@ def _clipped(
 def _spread(face: DetectedFace) -> float:
     """Largest extent of the landmarks in pixels; coinciding ones cannot be aligned."""
     return float(np.ptp(face.landmarks, axis=0).max())
+
+
+def candidates(found: Sequence[DetectedFace], *, labelled: bool) -> Sequence[DetectedFace]:
+    """Which faces of a photo, largest first, may be its person's; grouping chooses among them."""
+    if not labelled:
+        return found[:1]
+    return [face for face in found[:MAX_FACES] if face.area >= MIN_AREA * found[0].area]
 
 
 def align(picture: Picture, face: DetectedFace, size: int = ALIGNED_SIZE) -> Picture:
@@ -144,7 +159,7 @@ def embed(models: FaceModels, aligned: Sequence[Picture]) -> NDArray[np.float32]
     fixed = recogniser.input_shape[0]
     batch = fixed if isinstance(fixed, int) and fixed > 0 else BATCH
     pieces = [
-        recogniser.get_feat([np.ascontiguousarray(face[..., ::-1]) for face in piece])
+        recogniser.get_feat([_bgr(face) for face in piece])
         for piece in (aligned[i : i + batch] for i in range(0, len(aligned), batch))
     ]
     result = np.concatenate(pieces).astype(np.float32)

@@ -177,8 +177,7 @@ def _photo_rows(arguments: DetectArguments, source: Source) -> list[dict[str, An
     if not found:
         return [{**row, "dropped": "no_face", "detail": "the detector found none"}]
     row["faces"] = len(found)
-    # Among a labelled person's photos another face may be larger; grouping chooses.
-    kept = found[: faces.MAX_FACES if arguments.labelled else 1]
+    kept = faces.candidates(found, labelled=arguments.labelled)
     return [{**row, "face": n, **_face_row(photo, face)} for n, face in enumerate(kept)]
 
 
