@@ -93,9 +93,9 @@ def population_of(scores: ArrayLike, over: str) -> Population:
     found = detected_only(scores)
     if not len(found):
         raise OptionError(f"Eq. 10 needs at least one measured score; {over}: none.")
-    return Population(
-        over=over, count=len(found), mean=float(found.mean()), deviation=float(found.std())
-    )
+    # Equal scores: numpy's deviation of them is rounding, and a z-score of it would be noise.
+    deviation = float(found.std()) if np.ptp(found) > 0.0 else 0.0
+    return Population(over=over, count=len(found), mean=float(found.mean()), deviation=deviation)
 
 
 def z_score(scores: ArrayLike, population: Population) -> Scores:
