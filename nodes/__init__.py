@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import adapter, apply, face, folders, identity, micro, style
+from . import adapter, apply, face, folders, identity, micro, score, style
 
 
 class InfiniteIDExtension(ComfyExtension):
@@ -20,6 +20,7 @@ class InfiniteIDExtension(ComfyExtension):
             *apply.NODES,
             *micro.NODES,
             *style.NODES,
+            *score.NODES,
         ]
 
 

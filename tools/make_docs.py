@@ -35,6 +35,7 @@ CHAPTERS = {
         "InfiniteIDLoadIdentity",
     ),
     "Painting": ("InfiniteIDApply", "InfiniteIDStylePreset"),
+    "Choosing": ("InfiniteIDScore",),
     "Small faces": ("InfiniteIDFaceCrop", "InfiniteIDFacePaste"),
 }
 

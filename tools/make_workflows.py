@@ -111,12 +111,17 @@ SDXL_NOTE = (
 
 def person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> Out:
     """Photo -> aligned face -> identity."""
+    return photo_and_person(g, m, title, photo)[1]
+
+
+def photo_and_person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> tuple[Out, Out]:
+    """The photo, and the identity of its person."""
     assert m.faces and m.vision
     g.column(title)
     image, _ = g.add("LoadImage", title="Reference photo: choose yours", preview=240, image=photo)
     faces, *_ = g.add("InfiniteIDAlignFace", preview=240, face_analysis=m.faces, image=image)
     (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
-    return identity
+    return image, identity
 
 
 def texts(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
@@ -136,8 +141,22 @@ def paint(
     name: str,
     title: str = "4. Picture",
 ) -> None:
-    """Sampler, decoder, saved picture (the paper's sampler, steps and guidance)."""
-    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size)
+    """Sampler, decoder, saved picture."""
+    image = sampled(g, m, kind, model, texts, title)
+    g.add("SaveImage", preview=300, images=image, filename_prefix=f"infinite-id/{name}")
+
+
+def sampled(
+    g: Graph,
+    m: Models,
+    kind: Kind,
+    model: Out,
+    texts: tuple[Out, Out],
+    title: str,
+    batch_size: int = 1,
+) -> Out:
+    """Sampler and decoder (the paper's sampler, steps and guidance)."""
+    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size, batch_size=batch_size)
     g.column(title)
     (latent,) = g.add(
         "KSampler",
@@ -152,7 +171,7 @@ def paint(
         latent_image=empty,
     )
     (image,) = g.add("VAEDecode", samples=latent, vae=m.vae)
-    g.add("SaveImage", preview=300, images=image, filename_prefix=f"infinite-id/{name}")
+    return image
 
 
 def apply(g: Graph, m: Models, identity: Out, model: Out | None = None, **values: Any) -> Out:
@@ -348,6 +367,40 @@ def small_face_detail(g: Graph, kind: Kind) -> None:
     g.add("SaveImage", preview=300, images=mended, filename_prefix="infinite-id/small_face_detail")
 
 
+def best_of_batch(g: Graph, kind: Kind) -> None:
+    about = "Makes four pictures and keeps the one that looks most like the person."
+    m = loaders(g, kind, (about, 80))
+    photo, identity = photo_and_person(g, m, "2. Who")
+    prompts = texts(g, m, kind)
+    model = apply(g, m, identity)
+    pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)
+    g.column("5. The best of them")
+    _, best, ranked, _ = g.add(
+        "InfiniteIDScore",
+        preview=140,
+        images=pictures,
+        face_analysis=m.faces,
+        identity=identity,
+        reference=photo,
+        clip_vision=m.vision,
+        prompt=kind.prompt if kind.micro else "",
+    )
+    g.add("SaveImage", preview=300, images=best, filename_prefix="infinite-id/best_of_batch")
+    g.add("PreviewImage", title="All four by rank", preview=300, images=ranked)
+    g.note(
+        "Scores",
+        "Pictures are ranked by M_face, how alike the faces are; without a face it is 0. "
+        "`batch_size` in Empty Latent Image says how many are made."
+        + (
+            ""
+            if kind.micro
+            else " For CLIP-T too, load the image encoder with Infinite-ID Load open_clip and "
+            "write the prompt into Score."
+        ),
+        130,
+    )
+
+
 WORKFLOWS: dict[str, Callable[[Graph, Kind], None]] = {
     draw.__name__: draw
     for draw in (
@@ -358,6 +411,7 @@ WORKFLOWS: dict[str, Callable[[Graph, Kind], None]] = {
         use_saved_identity,
         two_people,
         small_face_detail,
+        best_of_batch,
     )
 }
 

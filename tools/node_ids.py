@@ -14,4 +14,5 @@ NODE_IDS = (
     "InfiniteIDFacePaste",
     "InfiniteIDMicroModel",
     "InfiniteIDStylePreset",
+    "InfiniteIDScore",
 )
