@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from .streams import (
 
 # In training nothing aligns the identity's keys and values to a text's: there is none.
 _PLAIN = StreamOptions(mixing="off", style="off")
+
+NegativeIdentity = Literal["null", "none"]
+NEGATIVE_IDENTITY: tuple[NegativeIdentity, ...] = get_args(NegativeIdentity)
 
 Processor = Callable[..., Tensor]
 Progress = Callable[[int, int, Tensor], None]
@@ -182,6 +185,22 @@ class SamplingOptions:
             raise OptionError(f"scheduler must be one of {SCHEDULER}, got {self.scheduler!r}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NegativePass:
+    """What the paper leaves open about the negative prompt's pass; the defaults are the nodes'."""
+
+    identity: NegativeIdentity = "null"
+    """The null identity of training, or none: the text attention alone."""
+    mixing: bool = True
+    """Whether its identity stream reads its text stream's self-attention (Eq. 5)."""
+
+    def __post_init__(self) -> None:
+        if self.identity not in NEGATIVE_IDENTITY:
+            raise OptionError(
+                f"identity must be one of {NEGATIVE_IDENTITY}, got {self.identity!r}."
+            )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """One prompt as SDXL's UNet reads it."""
@@ -227,6 +246,7 @@ def sample(
     *,
     latent: Tensor | None = None,
     options: StreamOptions | None = None,
+    negative_pass: NegativePass | None = None,
     sampling: SamplingOptions | None = None,
     schedule: NoiseSchedule | None = None,
     size_ids: Sequence[int] | None = None,
@@ -256,6 +276,7 @@ def sample(
         applied=tuple(a for a in applied if a.strength > 0.0),
         prompts=prompts,
         options=options,
+        negative_pass=negative_pass or NegativePass(),
         schedule=schedule,
         guidance=sampling.guidance,
         size_ids=tuple(size_ids or default_size_ids(noise)),
@@ -296,6 +317,7 @@ class _Run:
     applied: tuple[AppliedIdentity, ...]
     prompts: Sequence[Prompt]
     options: StreamOptions
+    negative_pass: NegativePass
     schedule: NoiseSchedule
     guidance: float
     size_ids: tuple[int, ...]
@@ -387,9 +409,18 @@ class _Run:
 
     # --- for the processors ---
 
+    def self_groups(self, call: _Call) -> list[tuple[int, StreamOptions]]:
+        """Prompts side by side with the same self-attention: how many, and their options."""
+        if self.negative_pass.mixing:
+            return [(len(call.null), self.options)]
+        alone = replace(self.options, mixing="off")
+        return [(1, alone if null else self.options) for null in call.null]
+
     def terms(self, path: str, null: bool, q: Tensor) -> list[IdentityTerm]:
         """The speaking identities in one layer, for the rows of one prompt."""
         assert self.call is not None
+        if null and self.negative_pass.identity == "none":
+            return []
         terms = []
         for index in self.call.active:
             applied = self.applied[index]
@@ -455,8 +486,13 @@ class _SelfAttention:
         kernel, call = sdpa(attn.heads), self.run.call
         if call is None:
             return _out(attn, kernel(q, k, v))
-        chunks, options = len(call.null), self.run.options
-        return _out(attn, two_stream_self_attention(q, k, v, chunks, options, kernel))
+        groups = self.run.self_groups(call)
+        parts = [x.split([q.shape[0] // len(call.null) * n for n, _ in groups]) for x in (q, k, v)]
+        outputs = [
+            two_stream_self_attention(q_g, k_g, v_g, chunks, options, kernel)
+            for q_g, k_g, v_g, (chunks, options) in zip(*parts, groups, strict=True)
+        ]
+        return _out(attn, torch.cat(outputs))
 
 
 class _CrossAttention:

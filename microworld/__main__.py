@@ -45,7 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check = commands.add_parser("check", help="sample the base and score it")
     check.add_argument("--out", type=Path, default=RUNS / "check.png")
     check.add_argument("--pictures", type=int, default=96)
-    for command in (train, export, check):
+    ablate = commands.add_parser("ablate", help="make and score the ablations' pictures")
+    ablate.add_argument("--rows", choices=("core", "open", "sweeps", "all"), default="all")
+    ablate.add_argument("--identity", help="adapter file; default: the embedded one")
+    ablate.add_argument("--entangled", help="adapter file of the entangled training")
+    ablate.add_argument("--part", default="0/1", help="this process's share, e.g. 0/2")
+    ablate.add_argument("--threads", type=int, default=2)
+    ablate.add_argument("--score", action="store_true", help="judge what is made, make nothing")
+    ablate.add_argument("--out", type=Path, default=Path("docs") / "evidence", help="for --score")
+    for command in (train, export, check, ablate):
         command.add_argument("--runs", type=Path, default=RUNS, help="folder of checkpoints")
     options = parser.parse_args(arguments)
     {
@@ -54,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": _train,
         "export": _export,
         "check": _check,
+        "ablate": _ablate,
     }[options.command](options)
 
 
@@ -101,6 +110,31 @@ def _check(options: argparse.Namespace) -> None:
 
     for line in check(options.runs, options.out, options.pictures):
         print(line)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    from . import ablations, files
+
+    chosen = {
+        "core": ablations.CORE,
+        "open": ablations.OPEN,
+        "sweeps": ablations.SWEEPS,
+        "all": tuple(ablations.ROWS.values()),
+    }[options.rows]
+    folder = options.runs / "ablations"
+    if options.score:
+        scores = ablations.score(folder, chosen, options.out / f"{options.rows}.csv")
+        table = options.out / f"{options.rows}.md"
+        table.write_text(ablations.table(scores), encoding="utf-8")
+        print(table.read_text(encoding="utf-8"))
+        return
+    adapters = {"identity": options.identity or str(files.ADAPTER)}
+    if options.entangled:
+        adapters["entangled"] = options.entangled
+    ablations.make(folder, chosen, adapters, options.part)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ SIZES = [(320, 320), (640, 640)]
 @pytest.fixture(scope="module")
 def analysis():
     return FaceAnalysis(
-        name=files.INSIGHTFACE_PACK,
+        # By folder: insightface takes a folder of that name where it runs for the pack.
+        name=str(files.FACE_MODELS),
         root=str(files.INSIGHTFACE_ROOT),
         providers=["CPUExecutionProvider"],
     )

@@ -1,0 +1,392 @@
+"""The paper's ablations in the microworld: `python -m microworld ablate`.
+
+Every row of the tables is one way of sampling: an adapter (or none), options of the two streams,
+and how the reference is shown. All rows draw the same people, prompts and noise. People and
+prompt combinations are held out of every training; likeness is judged by the second recogniser.
+
+Work is cut into pieces of one row and five people. A piece is a file, so a killed run goes on
+where it was, and several processes share the work (`--part 0/2`, `--part 1/2`).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from . import files, scoring
+from .captions import plain_caption
+from .portraits import HELD_OUT_SEEDS, STYLES, Attributes, Identity, Nuisance, Picture, render
+
+AdapterName = Literal["identity", "entangled", "none"]
+
+PEOPLE = 25
+PROMPTS = 8  # of each person: two in each style
+STEPS = 16
+GUIDANCE = 5.0
+PIECE = 5  # people
+_FIRST = HELD_OUT_SEEDS.start + 5000  # people no other check looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table."""
+
+    name: str
+    adapter: AdapterName = "identity"
+    streams: Mapping[str, Any] = field(default_factory=dict)
+    """Of `StreamOptions`, where they differ from the paper's."""
+    strength: float = 1.0
+    guidance: float = GUIDANCE
+    negative: Mapping[str, Any] = field(default_factory=dict)
+    """Of `NegativePass`, where it differs."""
+    references: int = 1
+    side: int = 128
+    """Pixels of the reference photo (Fig. 10)."""
+    people: int = PEOPLE
+
+
+CORE = (
+    Row(name="plain base", adapter="none"),
+    Row(name="full method"),
+    Row(name="entangled training", adapter="entangled"),
+    Row(name="without mixed attention", streams={"mixing": "off"}),
+    Row(name="mutual instead of mixed", streams={"mixing": "mutual"}),
+    Row(name="without cross-attention merge", streams={"merge_text": False}),
+    Row(name="AdaIN-mean off", streams={"style": "off"}),
+    Row(name="AdaIN instead of AdaIN-mean", streams={"style": "adain"}),
+    Row(
+        name="one stream, IP-Adapter style",
+        adapter="entangled",
+        streams={"mixing": "off", "style": "off"},
+    ),
+)
+OPEN = (
+    Row(name="text stream shared", streams={"text_stream": "shared"}),
+    Row(name="no identity in the negative pass", negative={"identity": "none"}),
+    Row(name="no mixing in the negative pass", negative={"mixing": False}),
+    Row(name="identity training, one stream", streams={"mixing": "off", "style": "off"}),
+)
+SWEEPS = (
+    *(Row(name=f"strength {s}", strength=s) for s in (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)),
+    *(Row(name=f"style strength {s}", streams={"style_strength": s}) for s in (0.25, 0.5, 0.75)),
+    *(Row(name=f"guidance {g}", guidance=g) for g in (1.5, 3.0, 7.5)),
+    *(Row(name=f"{n} stacked references", references=n) for n in (2, 4, 8)),
+    *(Row(name=f"reference of {n} px", side=n) for n in (64, 48, 32, 24)),
+)
+ROWS = {row.name: row for row in (*CORE, *OPEN, *SWEEPS)}
+
+
+# --- people and prompts ----------------------------------------------------------------------
+
+
+def _rng(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng([20261124, *numbers])
+
+
+def prompts_of(person: int) -> list[Attributes]:
+    """Held-out combinations, two in each style."""
+    rng = _rng(person, 1)
+    found: list[Attributes] = []
+    for style in range(len(STYLES)):
+        while sum(a.style == style for a in found) < PROMPTS // len(STYLES):
+            drawn = Attributes.sample(rng, held_out=True)
+            if drawn.style == style and drawn not in found:
+                found.append(drawn)
+    return found
+
+
+def photos_of(person: int, count: int, side: int = 128) -> list[Picture]:
+    """Reference photos of a person, each another picture; `side` pixels worth of detail."""
+    rng = _rng(person, 2)
+    pictures = []
+    for _ in range(count):
+        drawn = Attributes(
+            background=int(rng.integers(8)),
+            style=0,
+            expression=int(rng.integers(3)),
+            accessory=0,
+        )
+        picture = render(Identity.from_seed(_FIRST + person), drawn, Nuisance.sample(rng))
+        if side < picture.shape[0]:
+            whole = picture.shape[:2]
+            small = Image.fromarray(picture).resize((side, side), Image.Resampling.BOX)
+            picture = np.asarray(small.resize(whole, Image.Resampling.BICUBIC))
+        pictures.append(picture)
+    return pictures
+
+
+# --- making pictures -------------------------------------------------------------------------
+
+
+class Studio:
+    """All models, loaded once and as real files are: insightface, open_clip, the trainer."""
+
+    def __init__(self, adapters: Mapping[str, str]) -> None:
+        """`adapters`: file of each name that rows ask for."""
+        from trainer.generate import load_adapter
+        from trainer.text import load_text_encoders
+        from trainer.unet import load_unet
+        from trainer.vae import load_vae
+
+        self.loaded = load_unet("microworld")
+        self.vae = load_vae("microworld")
+        self.text = load_text_encoders("microworld")
+        self.adapters = {name: load_adapter(path) for name, path in adapters.items()}
+
+    def identity(self, person: int, row: Row, adapter: Any) -> Any:
+        """The reference photos, found, aligned and read as the nodes do it."""
+        from infinite_id_core.encoders import EncodeOptions, embed
+        from infinite_id_core.face import find_faces
+
+        faces = []
+        for photo in photos_of(person, row.references, row.side):
+            found = find_faces(face_models(), torch.from_numpy(photo).float() / 255)
+            faces += found.chosen[:1]
+        config = adapter.config
+        options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
+        return embed(faces, image_encoder(), options)
+
+    @torch.no_grad()
+    def pictures(self, person: int, row: Row) -> NDArray[np.uint8]:
+        """The person in all prompts: uint8 [PROMPTS, 128, 128, 3]."""
+        from infinite_id_core.attention import StreamOptions
+        from infinite_id_core.host_diffusers import (
+            AppliedIdentity,
+            NegativePass,
+            SamplingOptions,
+            sample,
+        )
+
+        applied = []
+        if row.adapter != "none":
+            adapter = self.adapters[row.adapter]
+            applied.append(
+                AppliedIdentity(
+                    adapter=adapter,
+                    identity=self.identity(person, row, adapter),
+                    strength=row.strength,
+                )
+            )
+        noise = np.random.default_rng([77, person]).standard_normal((PROMPTS, 4, 16, 16))
+        latents = sample(
+            self.loaded.unet,
+            applied,
+            self.text.encode([plain_caption(a) for a in prompts_of(person)]),
+            self.text.encode([""]),
+            torch.from_numpy(noise.astype(np.float32)),
+            options=StreamOptions(**row.streams),
+            negative_pass=NegativePass(**row.negative),
+            sampling=SamplingOptions(steps=STEPS, guidance=row.guidance),
+            schedule=self.loaded.schedule,
+        )
+        made = self.vae.decode(latents)
+        # BCHW -> BHWC
+        return (made * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+@lru_cache(maxsize=1)
+def face_models() -> Any:
+    """The embedded pack, as `InfiniteIDFaceModelLoader` loads it."""
+    from infinite_id_core.face import load_face_models
+
+    return load_face_models(files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", 640, threads=1)
+
+
+@lru_cache(maxsize=1)
+def image_encoder() -> Any:
+    """The embedded open_clip model."""
+    from trainer.config import Encoder
+    from trainer.training.features import load_clip_vision
+
+    return load_clip_vision(Encoder(clip_model="microworld"))
+
+
+def pieces(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
+    """(row, first person), row by row."""
+    for row in rows:
+        for first in range(0, row.people, PIECE):
+            yield row, first
+
+
+def piece_path(folder: Path, row: Row, first: int) -> Path:
+    """Where a piece's pictures lie."""
+    return folder / f"{row.name.replace(' ', '_').replace(',', '')}.{first:03d}.npz"
+
+
+def make(folder: Path, rows: Sequence[Row], adapters: Mapping[str, str], part: str) -> None:
+    """Make the missing pictures of this part's pieces."""
+    number, count = (int(n) for n in part.split("/"))
+    todo = [p for i, p in enumerate(pieces(rows)) if i % count == number]
+    todo = [(row, first) for row, first in todo if not piece_path(folder, row, first).exists()]
+    if not todo:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    studio = Studio(adapters)
+    for row, first in tqdm(todo, desc="pieces", dynamic_ncols=True):
+        people = range(first, min(first + PIECE, row.people))
+        made = np.stack([studio.pictures(person, row) for person in people])
+        path = piece_path(folder, row, first)
+        temporary = path.with_suffix(f".{number}.part")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, pictures=made)
+        temporary.replace(path)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+COLUMNS = (
+    "row",
+    "person",
+    "prompt",
+    "style",
+    "found",
+    "likeness",
+    "copy",
+    "background_right",
+    "style_right",
+    "expression_right",
+    "accessory_right",
+    "clip_t",
+    "clip_i",
+)
+
+
+def score(folder: Path, rows: Sequence[Row], out: Path) -> Path:
+    """Judge every finished row; one line a picture, to `out` (CSV)."""
+    lines: list[list[Any]] = []
+    for row in tqdm(rows, desc="scores", dynamic_ncols=True):
+        paths = [piece_path(folder, row, first) for _, first in pieces([row])]
+        if all(path.exists() for path in paths):
+            made = np.concatenate([np.load(path)["pictures"] for path in paths])
+            for person, pictures in enumerate(made):
+                lines += _scored(row, person, list(pictures))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(lines)
+    return out
+
+
+def _scored(row: Row, person: int, pictures: list[Picture]) -> list[list[Any]]:
+    from infinite_id_core.metrics import clip_i, clip_t
+
+    wanted = prompts_of(person)
+    truth, crop = _reference(person)
+    embeddings, found = scoring.embed(pictures)
+    likeness = scoring.likeness(embeddings, np.repeat(truth[:1], len(pictures), axis=0))
+    others = embeddings @ truth[1:].mean(axis=0)
+    read = scoring.read_attributes(pictures)
+    vision = image_encoder()
+    texts = vision.read_texts([plain_caption(a) for a in wanted])
+    images = torch.from_numpy(np.stack(pictures)).float() / 255
+    said = clip_t(vision.encode_image(images).image_embeds, texts)
+    crops, has_face = _crops(images)
+    seen = clip_i(vision.encode_image(crops).image_embeds, crop)
+    lines = []
+    for i, asked in enumerate(wanted):
+        values = (asked.background, asked.style, asked.expression, asked.accessory)
+        right = [int(r == v) for r, v in zip(read[i], values, strict=True)]
+        lines.append(
+            [
+                row.name,
+                person,
+                plain_caption(asked),
+                STYLES[asked.style],
+                int(found[i]),
+                f"{likeness[i]:.4f}" if found[i] else "",
+                f"{others[i]:.4f}" if found[i] else "",
+                *right,
+                f"{said[i]:.4f}",
+                f"{seen[i]:.4f}" if has_face[i] else "",
+            ]
+        )
+    return lines
+
+
+@lru_cache(maxsize=64)
+def _reference(person: int) -> tuple[NDArray[np.float32], Tensor]:
+    """The scorer's embeddings of the reference and of three other photos; CLIP-I of the first."""
+    photos = photos_of(person, 4)
+    truth, _ = scoring.embed(photos)
+    crops, _ = _crops(torch.from_numpy(np.stack(photos[:1])).float() / 255)
+    embeds: Tensor = image_encoder().encode_image(crops).image_embeds
+    return truth, embeds
+
+
+def _crops(images: Tensor) -> tuple[Tensor, list[bool]]:
+    """Aligned faces [B, 224, 224, 3]; grey where there is none."""
+    from infinite_id_core.face import FaceOptions, find_faces
+
+    crops, found = [], []
+    for image in images:
+        faces = find_faces(face_models(), image, FaceOptions(if_no_face="skip")).chosen
+        found.append(bool(faces))
+        crops.append(faces[0].crop if faces else torch.full((224, 224, 3), 0.5))
+    return torch.stack(crops), found
+
+
+# --- tables and pictures ---------------------------------------------------------------------
+
+
+def table(scores: Path) -> str:
+    """A Markdown table: means with 95 % intervals, people resampled."""
+    from infinite_id_core.metrics import Interval, bootstrap_mean
+
+    by_row: dict[str, list[dict[str, str]]] = {}
+    with scores.open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            by_row.setdefault(line["row"], []).append(line)
+
+    def shown(lines: Sequence[Mapping[str, str]], values: Sequence[float]) -> str:
+        interval: Interval = bootstrap_mean(values, [line["person"] for line in lines])
+        return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+    rows = [
+        "| row | pictures | likeness | CLIP-I | prompt attributes | style, style prompts | CLIP-T "
+        "| faces found |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, lines in by_row.items():
+        styled = [line for line in lines if line["style"] != "photo"]
+        cells = [
+            name,
+            str(len(lines)),
+            shown(lines, [float(line["likeness"] or 0) for line in lines]),
+            shown(lines, [float(line["clip_i"] or "nan") for line in lines]),
+            shown(lines, [_kept(line) for line in lines]),
+            shown(styled, [float(line["style_right"]) for line in styled]),
+            shown(lines, [float(line["clip_t"]) for line in lines]),
+            f"{np.mean([int(line['found']) for line in lines]):.3f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _kept(line: Mapping[str, str]) -> float:
+    names = ("background", "style", "expression", "accessory")
+    return float(np.mean([int(line[f"{name}_right"]) for name in names]))
+
+
+def sheet(folder: Path, rows: Sequence[Row], person: int, size: int = 128) -> Image.Image:
+    """One person: the reference, then each row's eight pictures, rows below one another."""
+    reference = photos_of(person, 1)[0]
+    lines = []
+    for row in rows:
+        path = piece_path(folder, row, person // PIECE * PIECE)
+        if path.exists():
+            made = np.load(path)["pictures"][person % PIECE]
+            lines.append(np.concatenate([reference, *made], axis=1))
+    whole = Image.fromarray(np.concatenate(lines))
+    return whole.resize((whole.width * size // 128, whole.height * size // 128))
