@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+# In place of this folder, where trainer.py hides the package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infinite_id_core.face import crop_matrix, load_face_models
-from microworld import files, portraits
-from trainer.prepare.options import Places, PrepareOptions, RunOptions
-from trainer.prepare.run import prepare
+from infinite_id_core.face import crop_matrix, load_face_models  # noqa: E402
+from microworld import files, portraits  # noqa: E402
+from trainer.prepare.options import Places, PrepareOptions, RunOptions  # noqa: E402
+from trainer.prepare.run import prepare  # noqa: E402
 
 DETECTOR_GFLOP, RECOGNISER_GFLOP = 10.0, 6.3
 PHOTO_SIDE, EACH = 768, 8  # pixels; photos of one person

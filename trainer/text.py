@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,8 +65,14 @@ class TextEncoders:
 
 def tokenize(texts: Sequence[str]) -> Tensor:
     """CLIP's tokens ``[n, 77]``: start, words, end, zeros. open_clip ships the vocabulary."""
+    return cast(Tensor, _tokenizer()(list(texts), context_length=TOKENS))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    """Unpacking the vocabulary takes a quarter of a second: once."""
     open_clip = require("open_clip", "to read prompts", "open_clip_torch")
-    return cast(Tensor, open_clip.tokenizer.SimpleTokenizer()(list(texts), context_length=TOKENS))
+    return open_clip.tokenizer.SimpleTokenizer()
 
 
 def load_text_encoders(source: str | Path) -> TextEncoders:

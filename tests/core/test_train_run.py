@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from trainer.training import loop, state
 from trainer.training.objective import Objective, TrainingModel
 from trainer.training.samples import Caches, Keys, Plan
 from trainer.unet import load_unet
+from trainer.vae import Autoencoder
 
 from . import train_world
 
@@ -259,6 +264,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert loop.train(config).finished
 
 
+def test_asked_to_stop_while_caches_fill_it_goes_on_from_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path
+) -> None:
+    config = settings(data={"cache": str(tmp_path / "cache")})
+    encode, asked = Autoencoder.encode, []
+
+    def encode_and_ask(self: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+        asked.append(len(pixels))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Autoencoder, "encode", encode_and_ask)
+    outcome = loop.train(config)
+    assert (outcome.step, outcome.finished) == (0, False)
+    assert len(asked) == 2
+    photos = len(Dataset(config.data.folder, config.filters))
+    assert loop.train(config).finished
+    assert len(asked) == photos  # none was encoded twice
+
+
 # --- refusing --------------------------------------------------------------------------------
 
 
@@ -306,6 +332,28 @@ def test_a_norm_that_is_no_number_stops_before_the_step(
 def test_eight_bit_adam_without_its_package_is_named(settings: Any) -> None:
     with pytest.raises(MissingPackageError, match="bitsandbytes"):
         loop.train(settings(optimiser={"kind": "adamw8bit"}))
+
+
+def test_eight_bit_adam_gets_the_options_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    """With a stand-in for the package: what is ours is the hand-over and the checkpoint."""
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, parameters: Any, **options: Any) -> None:
+            made.append(options)
+            super().__init__(parameters, **options)
+
+    package = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    options = {"kind": "adamw8bit", "rate": 2e-4, "weight_decay": 0.02}
+    loop.train(settings("a", run={"steps": 1}, optimiser=options))
+    resumed = loop.train(settings("a", run={"steps": 3}, optimiser=options))
+    whole = loop.train(settings("b", run={"steps": 3}, optimiser=options))
+    expected = {"lr": 2e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.02}
+    assert made == [expected] * 3
+    assert train_world.bits(resumed.adapter) == train_world.bits(whole.adapter)
 
 
 # --- the objective ---------------------------------------------------------------------------

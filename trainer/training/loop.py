@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -345,12 +345,20 @@ class _Trainer:
             self.processes.device,
             held_out=self.held_out,
             part=(self.processes.rank, self.processes.world),
-            progress=bar if self.processes.main else no_bar,
+            progress=self._until_asked_to_stop,
         )
         if made and self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         self.processes.wait()
         self.caches.refresh()
+
+    def _until_asked_to_stop(self, label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
+        """Filling caches takes hours for many photos; a stopped run does the rest when resumed."""
+        shown = bar if self.processes.main else no_bar
+        for thing in shown(label, things, count):
+            yield thing
+            if self.processes.stop:
+                return
 
     def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
         if self.held_out is None:
