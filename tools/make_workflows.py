@@ -375,9 +375,8 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
     model = apply(g, m, identity)
     pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)
     g.column("5. The best of them")
-    _, best, ranked, _ = g.add(
+    table, best, ranked, _ = g.add(
         "InfiniteIDScore",
-        preview=140,
         images=pictures,
         face_analysis=m.faces,
         identity=identity,
@@ -385,10 +384,11 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
         clip_vision=m.vision,
         prompt=kind.prompt if kind.micro else "",
     )
+    g.add("PreviewAny", title="Scores", preview=200, source=table)
     g.add("SaveImage", preview=300, images=best, filename_prefix="infinite-id/best_of_batch")
     g.add("PreviewImage", title="All four by rank", preview=300, images=ranked)
     g.note(
-        "Scores",
+        "How they are ranked",
         "Pictures are ranked by M_face, how alike the faces are; without a face it is 0. "
         "`batch_size` in Empty Latent Image says how many are made."
         + (
