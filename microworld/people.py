@@ -1,4 +1,4 @@
-"""A made set of people as a folder of photos per person, for `python -m trainer prepare`."""
+"""Made people as photos: a folder per person for `python -m trainer prepare`, and references."""
 
 from __future__ import annotations
 
@@ -8,7 +8,32 @@ import numpy as np
 from PIL import Image
 
 from .captions import caption
-from .portraits import HELD_OUT_SEEDS, TRAIN_SEEDS, Attributes, Identity, Nuisance, render
+from .portraits import (
+    BACKGROUNDS,
+    HELD_OUT_SEEDS,
+    TRAIN_SEEDS,
+    Attributes,
+    Identity,
+    Nuisance,
+    Picture,
+    render,
+)
+
+# Two people who are told apart at a glance, and where each stands.
+REFERENCES = (
+    (HELD_OUT_SEEDS[400], "garden"),  # pale, long red hair
+    (HELD_OUT_SEEDS[483], "library"),  # brown, short dark hair
+)
+
+
+def reference_picture(number: int = 0, size: int = 256) -> Picture:
+    """A plain portrait of somebody whom no training has seen: what demo and screenshots show.
+
+    Returns uint8 [size, size, 3] RGB. Raises IndexError beyond the two of `REFERENCES`.
+    """
+    seed, background = REFERENCES[number]
+    plain = Attributes(background=BACKGROUNDS.index(background), style=0, expression=0, accessory=0)
+    return render(Identity.from_seed(seed), plain, size=size)
 
 
 def write_people(

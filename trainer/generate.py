@@ -19,13 +19,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from infinite_id_core.adapter import Adapter
+from infinite_id_core.adapter import Adapter, AdapterConfig
 from infinite_id_core.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
 from infinite_id_core.checkpoint import read_adapter, read_identity, replacing
 from infinite_id_core.encoders import EncodeOptions, embed
 from infinite_id_core.errors import OptionError
 from infinite_id_core.face import FaceOptions, find_faces, load_face_models
-from infinite_id_core.host_diffusers import AppliedIdentity, Prompt, SamplingOptions, sample
+from infinite_id_core.host_diffusers import (
+    AppliedIdentity,
+    Prompt,
+    SamplingOptions,
+    sample,
+    unet_layers,
+)
 from infinite_id_core.identity import Identity
 from infinite_id_core.schedule import SCHEDULER
 
@@ -121,12 +127,31 @@ def _advance(bar: Any, step: int, steps: int) -> None:
 
 
 def load_adapter(source: str) -> Adapter:
-    """An adapter in float32. Raises a subclass of ``FileError``."""
+    """An adapter in float32, without gradients. Raises a subclass of ``FileError``."""
     if source != MICROWORLD:
-        return read_adapter(source).float()
+        return read_adapter(source).float().requires_grad_(False)
     from microworld import files
 
-    return read_adapter(files.ADAPTER).float()
+    adapter = read_adapter(files.ADAPTER).float() if files.ADAPTER.is_file() else _random_adapter()
+    return adapter.requires_grad_(False)
+
+
+def _random_adapter() -> Adapter:
+    """What the nodes take where the embedded file is absent: the same seeded random numbers."""
+    from microworld import config, files, random_weights
+
+    adapter = Adapter(
+        AdapterConfig(
+            clip_width=config.OPEN_CLIP["vision_cfg"]["width"],
+            context_width=config.CONTEXT_WIDTH,
+            face_tokens=config.FACE_TOKENS,
+            recogniser=f"{files.INSIGHTFACE_PACK}/{files.RECOGNISER.stem}",
+            clip_model=files.INSIGHTFACE_PACK,
+        ),
+        {layer.path: layer.width for layer in unet_layers(load_unet(MICROWORLD).unet)},
+    )
+    adapter.load_state_dict(random_weights.seeded_state_dict(adapter.state_dict(), seed=0))
+    return adapter
 
 
 def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: str) -> Identity:
