@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Run Infinite-ID without setting anything up first.
 
-    python run.py demo     a picture from a live ComfyUI, made with the embedded default models
+    python run.py demo     one person in four scenes and styles, painted by a live ComfyUI with the
+                           embedded default models; where it cannot be had, by diffusers
     python run.py test     all tests; arguments go to pytest (paths from the repository's root)
     python run.py setup    only what both need: the virtual environment and ComfyUI
 
@@ -91,11 +92,15 @@ def find_host() -> Path | None:
     if named:
         folder = Path(named).expanduser().resolve()
         if not folder.is_dir():
-            raise HostError(f"COMFYUI_PATH is {folder}: no such folder.")
+            raise HostError(
+                f"COMFYUI_PATH is {folder}: no such folder. Set it to a ComfyUI folder, or unset "
+                "it to have one found or cloned."
+            )
         if not is_comfyui(folder):
             raise HostError(
                 f"COMFYUI_PATH is {folder}, which is not a ComfyUI: "
-                "it has to hold the folder comfy and the file main.py."
+                "it has to hold the folder comfy and the file main.py. Set it to one, or unset it "
+                "to have one found or cloned."
             )
         return folder
     candidates = [Path.home() / "comfy" / "ComfyUI", cached_host()]
@@ -278,18 +283,30 @@ def setup() -> int:
     return 0
 
 
-def test(pytest_arguments: Sequence[str]) -> int:
+def host_for_child() -> tuple[Path | None, dict[str, str]]:
+    """ComfyUI, or None where it cannot be had, and the environment that tells a child which.
+
+    Raises:
+        HostError: it cannot be had, and INFINITE_ID_REQUIRE_HOST is 1.
+    """
     environment = dict(os.environ)
-    host: Path | None = None
     try:
         host = have_host()
-        environment["COMFYUI_PATH"] = str(host)
     except HostError as error:
         if os.environ.get("INFINITE_ID_REQUIRE_HOST") == "1":
             raise
-        say(f"{error} Host and server tests will be skipped.")
         environment.pop("COMFYUI_PATH", None)
         environment["INFINITE_ID_HOST_MISSING"] = str(error)
+        return None, environment
+    environment["COMFYUI_PATH"] = str(host)
+    environment.pop("INFINITE_ID_HOST_MISSING", None)
+    return host, environment
+
+
+def test(pytest_arguments: Sequence[str]) -> int:
+    host, environment = host_for_child()
+    if host is None:
+        say(f"{environment['INFINITE_ID_HOST_MISSING']} Host and server tests will be skipped.")
     python = ensure_venv(host)
     return run_child([str(python), "-m", "pytest", *pytest_arguments], environment)
 
@@ -297,14 +314,16 @@ def test(pytest_arguments: Sequence[str]) -> int:
 def demo(options: argparse.Namespace) -> int:
     if options.reference is not None and not options.reference.is_file():
         raise SetupError(f"--reference {options.reference}: no such file.")
-    host = have_host()
+    host, environment = host_for_child()  # without a host the child says so, and does without
     python = ensure_venv(host)
-    command = [str(python), "-m", "tools.demo", "--host", str(host)]
+    command = [str(python), "-m", "tools.demo"]
+    if host is not None:
+        command += ["--host", str(host)]
     for name in ("reference", "prompt", "style", "seed", "output", "port"):
         value = getattr(options, name)
         if value is not None:
             command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
-    return run_child(command, dict(os.environ))
+    return run_child(command, environment)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,11 +334,15 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("setup", help="make .venv and find or clone ComfyUI, nothing else")
     # Its arguments are pytest's: main() splits them off before argparse sees them.
     verbs.add_parser("test", help="run all tests; further arguments go to pytest", add_help=False)
-    shown = verbs.add_parser("demo", help="one picture from a live ComfyUI")
-    shown.add_argument("--reference", type=Path, metavar="FILE", help="a photo of one person")
-    shown.add_argument("--prompt", metavar="TEXT", help="what the picture should show")
-    shown.add_argument("--style", metavar="NAME", help="one of tools/styles.json")
-    shown.add_argument("--seed", type=int, metavar="N", help="another picture of the same person")
+    shown = verbs.add_parser("demo", help="one person in four scenes and styles, from ComfyUI")
+    shown.add_argument(
+        "--reference", type=Path, metavar="FILE", help="a photo of one person; default: a made one"
+    )
+    shown.add_argument("--prompt", metavar="TEXT", help="one picture, of this")
+    shown.add_argument(
+        "--style", metavar="NAME", help="one picture, in this style: photo, sketch, sepia, neon"
+    )
+    shown.add_argument("--seed", type=int, metavar="N", help="other pictures of the same person")
     shown.add_argument(
         "--output", type=Path, metavar="DIR", default=ROOT / "output", help="default: output/"
     )

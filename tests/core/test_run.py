@@ -212,6 +212,63 @@ def test_required_host_that_is_missing_fails(
     assert len(children) == 1
 
 
+@pytest.fixture
+def children(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Any]]:
+    """Commands and environments that would have been run."""
+    started: list[tuple[list[str], Any]] = []
+
+    def run_child(command: list[str], environment: dict[str, str]) -> int:
+        started.append((list(command), environment))
+        return 0
+
+    monkeypatch.setattr(run, "run_child", run_child)
+    return started
+
+
+def test_demo_with_a_host_names_it(
+    run: ModuleType, work: list[str], children: list[Any], tmp_path: Path
+) -> None:
+    host = make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+    assert run.main(["demo", "--seed", "3"]) == 0
+    command, environment = children[0]
+    assert command[command.index("--host") + 1] == str(host)
+    assert command[command.index("--seed") + 1] == "3"
+    assert "INFINITE_ID_HOST_MISSING" not in environment
+
+
+def test_demo_without_a_host_does_without(
+    run: ModuleType, work: list[str], children: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No ComfyUI, and nothing to clone it with: the environment is made, the reason handed on."""
+    monkeypatch.setattr(run.shutil, "which", lambda _: None)
+    assert run.main(["demo", "--style", "neon"]) == 0
+    assert work == ["venv", "requirements.lock"]
+    command, environment = children[0]
+    assert command[:3] == [str(run.venv_python()), "-m", "tools.demo"]
+    assert "--host" not in command
+    assert command[command.index("--style") + 1] == "neon"
+    reason = environment["INFINITE_ID_HOST_MISSING"]
+    assert "Install git, or set COMFYUI_PATH" in reason and "\n" not in reason
+
+
+def test_demo_can_insist_on_a_host(
+    run: ModuleType, work: list[str], children: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFINITE_ID_REQUIRE_HOST", "1")
+    monkeypatch.setattr(run.shutil, "which", lambda _: None)
+    with pytest.raises(run.HostError):
+        run.main(["demo"])
+    assert work == [] and children == []
+
+
+def test_demo_hands_on_how_it_ended(
+    run: ModuleType, work: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+    monkeypatch.setattr(run, "run_child", lambda *_: 130)
+    assert run.main(["demo"]) == 130
+
+
 # -- pytest without a host -------------------------------------------------------------------------
 
 
