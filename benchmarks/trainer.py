@@ -77,9 +77,12 @@ def compare(values: argparse.Namespace, folder: Path) -> int:
             f"peak {rounds[side][-1]['peak'] / 2**20:.0f} MiB" for side in SIDES
         ), flush=True)  # fmt: skip
     plain, ours = (
-        {name: statistics.median(run[name] for run in rounds[side]) for name in rounds[side][0]}
+        {name: statistics.median(run[name] for run in rounds[side]) for name in ("wall", "cpu")}
         for side in SIDES
     )
+    for found, side in ((plain, "plain"), (ours, "ours")):
+        # A system short of memory takes library pages back: a peak is seen too low, never too high.
+        found["peak"] = max(run["peak"] for run in rounds[side])
     speed, by_cpu = plain["wall"] / ours["wall"], plain["cpu"] / ours["cpu"]
     memory = ours["peak"] / plain["peak"]
     saved = plain["cpu"] - ours["cpu"]

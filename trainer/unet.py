@@ -38,6 +38,8 @@ MICROWORLD = "microworld"  # in place of a path: the embedded tiny models
 _GROUPS = 32  # of every group norm of SDXL's UNet
 _TIME_WIDTH = 256  # sine features of each of SDXL's six size and crop ids
 _SIZE_IDS = 6
+_LATENT_CHANNELS = 4
+_REFINER = (1280, 2560)  # its context and added widths; it has five ids, one an aesthetic score
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -142,6 +144,7 @@ def read_unet_file(path: Path, *, head_width: int = HEAD_WIDTH) -> UNetFile:
     try:
         config = unet_config(shapes, head_width)
         names = check_shapes(config, shapes)
+        check_inputs(config)
     except NotSDXLError as error:
         raise NotSDXLError(f"{path}: {error}") from error
     return UNetFile(
@@ -217,6 +220,10 @@ def _folder_config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected the UNet of an SDXL model (addition_embed_type 'text_time'), "
             f"found {config.get('addition_embed_type') if isinstance(config, dict) else config!r}."
         )
+    try:
+        check_inputs(config)
+    except NotSDXLError as error:
+        raise NotSDXLError(f"{folder}: {error}") from error
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
@@ -495,6 +502,19 @@ def unet_config(shapes: Shapes, head_width: int = HEAD_WIDTH) -> dict[str, Any]:
         added_width=_entry(shapes, "label_emb.0.0.weight")[1],
         linear=linear,
     )
+
+
+def check_inputs(config: Mapping[str, Any]) -> None:
+    """Raise ``NotSDXLError`` for SDXL's relatives, whose inputs mean something else."""
+    channels = config.get("in_channels", _LATENT_CHANNELS)
+    if channels != _LATENT_CHANNELS:
+        raise NotSDXLError(
+            f"the UNet reads {channels} channels, SDXL's {_LATENT_CHANNELS}. Inpainting and "
+            "editing models cannot be trained or sampled here; give the model they come from."
+        )
+    pooled = config.get("projection_class_embeddings_input_dim")
+    if (config.get("cross_attention_dim"), pooled) == _REFINER:
+        raise NotSDXLError("this is SDXL's refiner; give the base model.")
 
 
 def _entry(shapes: Shapes, name: str) -> Sequence[int]:

@@ -110,6 +110,19 @@ def test_what_is_not_sdxl_shaped_is_refused_by_name(tmp_path: Path) -> None:
         lambda t: [t.pop(n) for n in list(t) if ".attn2.to_k." in n],
         "found 0 cross-attention blocks",
     )
+    first = "input_blocks.0.0.weight"  # an inpainting model also reads a mask and a picture
+    refused(lambda t: t.update({first: torch.zeros(32, 9, 3, 3)}), "reads 9 channels, SDXL's 4")
+
+
+def test_relatives_of_sdxl_in_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    base = {"addition_embed_type": "text_time", "cross_attention_dim": 1280}
+    for change, match in (
+        ({"in_channels": 9}, "reads 9 channels"),
+        ({"projection_class_embeddings_input_dim": 2560}, "refiner; give the base"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**base, **change}), encoding="utf-8")
+        with pytest.raises(NotSDXLError, match=match):
+            describe_unet(tmp_path)
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
