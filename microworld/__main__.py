@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RUNS = Path("runs") / "microworld"
-PIECES = ("vae", "unet", "recogniser", "scorer", "attributes", "open_clip", "detector")
+BASE = ("vae", "unet", "recogniser", "scorer", "attributes", "open_clip", "detector")
+PIECES = (*BASE, "adapter", "entangled")
 ALIASES = {"clip": "unet"}  # the text encoders are trained with the UNet
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.add_argument("--only", choices=(*PIECES, *ALIASES))
     train.add_argument("--threads", type=int, default=2)
     export = commands.add_parser("export", help="write microworld/weights")
-    export.add_argument("--only", choices=PIECES, action="append")
+    export.add_argument("--only", choices=(*BASE, "adapter"), action="append")
     check = commands.add_parser("check", help="sample the base and score it")
     check.add_argument("--out", type=Path, default=RUNS / "check.png")
     check.add_argument("--pictures", type=int, default=96)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from .. import face_models, files
 from ..onnx_graph import Graph
 from ..portraits import ATTRIBUTE_SIZES
-from . import names, vae
+from . import adapter, names, vae
 from .faces import AttributeReader, Scorer, WithTraits
 from .loop import load_checkpoint
 from .text import used_ids
@@ -133,7 +133,9 @@ EXPORTS: dict[str, Callable[[Path], Path]] = {
     "scorer": export_scorer,
     "attributes": export_attributes,
     "detector": export_detector,
+    "adapter": adapter.export,
 }
+BASE = tuple(name for name in EXPORTS if name != "adapter")
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> Path:

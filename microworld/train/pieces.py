@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import face_models
-from . import faces, open_clip, unet, vae
+from . import adapter, export, faces, open_clip, unet, vae
 from .pictures import pictures
 
 
@@ -30,5 +30,9 @@ def train_piece(name: str, folder: Path) -> None:
             part = path.with_suffix(".part")
             face_models.export_detector(face_models.train_detector(), part)
             part.replace(path)
+    elif name in ("adapter", "entangled"):
+        for piece in export.BASE:  # the trainer reads files, as anybody's
+            export.EXPORTS[piece](folder)
+        adapter.run(folder, name, adapter.ENTANGLED if name == "entangled" else ())
     else:
         raise ValueError(f"Expected a model of the microworld, got {name!r}.")

@@ -274,7 +274,8 @@ def test_demo_hands_on_how_it_ended(
 
 def pytest_without_host(**environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if k != "COMFYUI_PATH"}
+    ours = ("COMFYUI_PATH", "INFINITE_ID_REQUIRE_HOST", "INFINITE_ID_HOST_MISSING")
+    inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [*command, "tests/core/test_workflow_api.py", "tests/host/test_pack_loads.py"],
         cwd=ROOT,
