@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import typing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infinite_id_core.errors import FileMissingError
-from trainer.config import Previews, parse_config, read_config
+from trainer.config import Previews, TrainConfig, parse_config, read_config
 from trainer.errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
 
 SMALLEST: dict[str, dict[str, Any]] = {
@@ -17,6 +20,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "encoder": {"clip_model": "microworld"},
     "data": {"folder": "data"},
 }
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 EXAMPLES = sorted((Path(__file__).parents[2] / "trainer" / "configs").glob("*.toml"))
 
 
@@ -141,3 +145,20 @@ def test_the_example_is_valid(path: Path) -> None:
 
 def test_there_is_an_example_for_each_scale() -> None:
     assert {path.stem for path in EXAMPLES} >= {"tiny", "one_gpu_24gb", "one_node", "many_nodes"}
+
+
+def test_the_page_names_keys_that_exist() -> None:
+    sections = typing.get_type_hints(TrainConfig)
+    known = {f"{name}.{f.name}" for name, cls in sections.items() for f in fields(cls)}
+    named = re.findall(rf"\b(?:{'|'.join(sections)})\.[a-z_0-9]+", PAGE.read_text(encoding="utf-8"))
+    assert len(set(named)) > 30
+    assert set(named) - known == {"adapter.safetensors"}  # a file, not a key
+
+
+def test_the_pages_second_stage_is_a_valid_configuration() -> None:
+    stage = PAGE.read_text(encoding="utf-8").split("### One GPU of 24 GB")[1].split("###")[0]
+    changes = re.findall(r"--set ([a-z_]+\.[a-z_]+=\S+)", stage)
+    config = read_config(next(p for p in EXAMPLES if p.stem == "one_gpu_24gb"), changes)
+    assert (config.data.resolution, config.optimiser.rate) == (1024, 1e-5)
+    assert config.adapter.start_from == "runs/sdxl_512/adapter.safetensors"
+    assert config.optimiser.batch * config.optimiser.accumulation == 16
