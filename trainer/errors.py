@@ -56,6 +56,37 @@ class EngineError(InfiniteIDError):
     """The engine lost a worker; finished parts are kept and the same command goes on."""
 
 
+# --- evaluation ------------------------------------------------------------------------------
+
+
+class ManifestError(FileError):
+    """A manifest of pictures lacks columns or rows, or is neither CSV nor JSON lines."""
+
+
+class MissingPicturesError(FileError):
+    """Files a manifest names are not there; the message counts and lists them."""
+
+
+class NoPicturesError(DataError):
+    """Nothing to score: no picture was given, or none can be read."""
+
+
+class ReferencePhotoError(FileError):
+    """A reference photo cannot be read, so nothing can be compared with it."""
+
+
+class UnknownBackboneError(OptionError):
+    """A recogniser, detector or CLIP model of no kind this project knows."""
+
+
+class MethodError(OptionError):
+    """A method's description that is not NAME or NAME:key=value,..."""
+
+
+class PromptSetError(FileError):
+    """A prompt set that does not exist, is empty, or has a line that is no prompt."""
+
+
 # --- files -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,167 @@
+"""E_face and E_clip for scores, by name: face model packs, ONNX recognisers, open_clip models."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infinite_id_core.encoders import ClipVision, load_open_clip
+from infinite_id_core.errors import FaceModelError, FileMissingError, OptionError
+from infinite_id_core.face import DETECTOR_SIZE, align, detect_faces, load_face_models
+from infinite_id_core.packages import require
+from infinite_id_core.score import FaceReader, PackReader, ReadFace
+
+from ..config import Encoder
+from ..errors import UnknownBackboneError
+from ..training.features import load_clip_vision
+from ..unet import MICROWORLD
+
+NONE = "none"
+ChannelOrder = Literal["rgb", "bgr"]
+CHANNEL_ORDER: tuple[ChannelOrder, ...] = get_args(ChannelOrder)
+
+_MICRO_DETECTOR_SIZE = 128  # pixels: the microworld's pictures
+_DEFAULT_SIDE = 112  # of a recogniser whose file leaves it open
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxInput:
+    """What an ONNX recogniser is fed: (255 x - mean) / deviation. Raises ``OptionError``."""
+
+    mean: float = 127.5
+    deviation: float = 127.5
+    order: ChannelOrder = "rgb"
+
+    def __post_init__(self) -> None:
+        if self.order not in CHANNEL_ORDER or not self.deviation > 0:
+            raise OptionError(
+                f"A recogniser's channel order is one of {', '.join(CHANNEL_ORDER)} and its "
+                f"deviation positive; got {self.order!r} and {self.deviation}."
+            )
+
+
+class OnnxReader:
+    """Any recogniser as ONNX, on faces that a pack's detector finds.
+
+    One input ``[n, 3, S, S]`` or ``[n, S, S, 3]``, and the first output is the embedding, of any
+    width. The crop is ArcFace's, at the side S that the file says.
+    """
+
+    def __init__(self, path: Path, detector: Any, options: OnnxInput | None = None) -> None:
+        """``detector``: insightface's ``FaceAnalysis``. Raises ``FaceModelError``,
+        ``FileMissingError``, ``MissingPackageError``."""
+        runtime = require("onnxruntime", "to recognise faces", "onnxruntime")
+        if not path.is_file():
+            raise FileMissingError(path, "no such recogniser.")
+        self.name = f"{path.parent.name}/{path.stem}"
+        self.detector, self.options = detector, options or OnnxInput()
+        try:
+            self.session = runtime.InferenceSession(
+                str(path), providers=runtime.get_available_providers()
+            )
+        except Exception as error:  # onnxruntime has many, all of its own
+            raise FaceModelError(f"{path}: the recogniser cannot be loaded ({error}).") from error
+        entry = self.session.get_inputs()[0]
+        shape = list(entry.shape)
+        self.channels_last = len(shape) == 4 and shape[3] == 3
+        self.input = entry.name
+        side = shape[1 if self.channels_last else 2] if len(shape) == 4 else None
+        if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+            raise FaceModelError(
+                f"{path}: a recogniser reads pictures [n, 3, side, side] or [n, side, side, 3]; "
+                f"this file reads {shape}."
+            )
+        self.side = side if isinstance(side, int) and side > 0 else _DEFAULT_SIDE
+
+    def read(self, picture: Tensor) -> ReadFace | None:
+        """See ``FaceReader``. Raises ``FaceModelError`` for an embedding that is none."""
+        faces, _ = detect_faces(self.detector, picture)
+        if not faces:
+            return None
+        face = max(faces, key=lambda f: f.area)
+        seen = align(picture, face.landmarks, size=self.side, padding=0.0).numpy()
+        seen = seen[..., ::-1] if self.options.order == "bgr" else seen
+        pixels = ((seen * 255.0 - self.options.mean) / self.options.deviation)[None]
+        if not self.channels_last:
+            pixels = pixels.transpose(0, 3, 1, 2)  # BHWC -> BCHW
+        feed = {self.input: np.ascontiguousarray(pixels, dtype=np.float32)}
+        row = np.asarray(self.session.run(None, feed)[0], dtype=np.float32).reshape(-1)
+        if not np.isfinite(row).all() or not row.any():
+            raise FaceModelError(f"{self.name} gives an embedding that is zero or not a number.")
+        return ReadFace(embedding=torch.from_numpy(row), crop=align(picture, face.landmarks))
+
+
+def face_pack(source: str, detector_size: int = DETECTOR_SIZE) -> Any:
+    """insightface's ``FaceAnalysis`` of a folder ROOT/models/PACK, or the embedded one.
+
+    Raises ``UnknownBackboneError``, ``FaceModelError``.
+    """
+    if source == MICROWORLD:
+        from microworld import files
+
+        root = files.INSIGHTFACE_ROOT
+        return load_face_models(files.INSIGHTFACE_PACK, [root], detector_size=detector_size)
+    folder = Path(source)
+    if folder.parent.name != "models":
+        raise UnknownBackboneError(
+            f"{source!r} is no face model pack: expected its folder ROOT/models/PACK, as "
+            f"insightface and ComfyUI keep them, or {MICROWORLD!r}."
+        )
+    return load_face_models(folder.name, [folder.parent.parent], detector_size=detector_size)
+
+
+def face_reader(
+    source: str,
+    detector: str = MICROWORLD,
+    options: OnnxInput | None = None,
+    detector_size: int = 0,
+) -> FaceReader:
+    """A pack's folder, an ``.onnx`` file (with the ``detector`` pack), or ``microworld``.
+
+    ``microworld`` is its scorer, which never conditions an adapter. ``detector_size`` 0 takes the
+    pictures' own for the microworld and the usual one otherwise. Raises ``UnknownBackboneError``,
+    and what loading raises.
+    """
+    finder = detector if source.endswith(".onnx") else source
+    usual = _MICRO_DETECTOR_SIZE if finder == MICROWORLD else DETECTOR_SIZE
+    faces = face_pack(finder, detector_size or usual)
+    if source.endswith(".onnx"):
+        return OnnxReader(Path(source), faces, options)
+    if source == MICROWORLD:
+        from microworld import files
+
+        scorer = files.WEIGHTS / "scorer.onnx"
+        if scorer.is_file():
+            return OnnxReader(scorer, faces)
+        logger.warning(
+            "The microworld's scorer (%s) is not there. Its recogniser scores instead, which also "
+            "conditions the adapter: likeness is too kind.",
+            scorer.name,
+        )
+    return PackReader(faces)
+
+
+def clip_model(source: str) -> ClipVision | None:
+    """``microworld``, ``MODEL=FILE`` (open_clip's name and a safetensors file), or ``none``.
+
+    Raises ``UnknownBackboneError``, and what loading raises.
+    """
+    if source == NONE:
+        return None
+    if source == MICROWORLD:
+        return load_clip_vision(Encoder(clip_model=MICROWORLD))
+    name, equals, path = source.partition("=")
+    if not (name and equals and path):
+        raise UnknownBackboneError(
+            f"{source!r} is no CLIP model: expected MODEL=FILE, such as "
+            f"ViT-H-14=models/clip_vision/file.safetensors, or {MICROWORLD!r}, or {NONE!r}."
+        )
+    return load_open_clip(name, path, tokens=None)

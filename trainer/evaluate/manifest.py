@@ -1,0 +1,135 @@
+"""Which pictures to score: a CSV file or JSON lines, by this project or about any other method."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infinite_id_core.checkpoint import replacing
+from infinite_id_core.errors import FileMissingError
+
+from ..errors import ManifestError, MissingPicturesError, disk_errors
+
+COLUMNS = ("image", "reference", "identity", "prompt", "seed", "method")
+_FILLED = ("image", "reference", "identity", "method")  # never empty
+_LISTED = 5  # missing files named in the message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One generated picture and what it should show."""
+
+    image: Path
+    reference: Path
+    """The photo of the person."""
+    identity: str
+    """Who: intervals resample these."""
+    prompt: str = ""
+    """Empty: no CLIP-T."""
+    seed: str = ""
+    method: str
+    category: str = ""
+    """Of the prompt, such as "clothing"; an extra column, may be absent."""
+
+
+def read_manifest(path: str | Path) -> list[Row]:
+    """The rows of a ``.csv``, or of JSON lines under any other name.
+
+    Relative paths start at the manifest's folder; columns beyond ours are ignored. Raises
+    ``FileMissingError``, ``ManifestError``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileMissingError(path, "no such manifest.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(path, f"cannot be read as UTF-8 text ({error}).") from error
+    read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
+    rows = [_row(path, line, record) for line, record in read(path, text)]
+    if not rows:
+        raise ManifestError(path, "names no picture.")
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    _check_columns(path, reader.fieldnames or [])
+    try:
+        for record in reader:
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise ManifestError(path, f"line {reader.line_num} is no CSV ({error}).") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ManifestError(path, f"line {number} is no JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise ManifestError(path, f"line {number} is no JSON object.")
+        _check_columns(path, list(record), f"line {number} ")
+        yield number, record
+
+
+def _check_columns(path: Path, found: Sequence[str], where: str = "") -> None:
+    missing = [name for name in COLUMNS if name not in found]
+    if missing:
+        raise ManifestError(
+            path, f"{where}lacks {', '.join(missing)}; found {', '.join(map(str, found)) or 'none'}"
+            f". A manifest has the columns {', '.join(COLUMNS)}; prompt and seed may be empty."
+        )  # fmt: skip
+
+
+def _row(path: Path, line: int, record: Mapping[str, Any]) -> Row:
+    values = {
+        name: "" if record.get(name) is None else str(record[name]).strip()
+        for name in (*COLUMNS, "category")
+    }
+    empty = [name for name in _FILLED if not values[name]]
+    if empty:
+        raise ManifestError(path, f"line {line} has no {' and no '.join(empty)}.")
+    image, reference = (path.parent / values.pop(name) for name in ("image", "reference"))
+    return Row(image=image, reference=reference, **values)
+
+
+def write_manifest(path: Path, rows: Sequence[Row]) -> None:
+    """Write a CSV that ``read_manifest`` takes, with paths relative to it where that is possible.
+
+    Raises ``DiskFullError``.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, (*COLUMNS, "category"), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        places = {n: _relative(getattr(row, n), path.parent) for n in ("image", "reference")}
+        writer.writerow({**asdict(row), **places})
+    with disk_errors(path), replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def check_files(source: Path, rows: Sequence[Row]) -> None:
+    """Raise ``MissingPicturesError`` where pictures or references are not there."""
+    named = dict.fromkeys(path for row in rows for path in (row.image, row.reference))
+    missing = [path for path in named if not path.is_file()]
+    if missing:
+        listed = "; ".join(map(str, missing[:_LISTED]))
+        more = f"; and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise MissingPicturesError(
+            source, f"{len(missing)} of {len(named)} files are not there: {listed}{more}. Relative "
+            "paths start at the manifest's folder."
+        )  # fmt: skip

@@ -1,0 +1,75 @@
+"""The people to paint or to compare with: a folder of reference photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infinite_id_core.errors import FileMissingError
+
+from ..errors import NoPicturesError, ReferencePhotoError
+from ..prepare.photo import PhotoError, open_photo
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_MAX_SIDE = 4096  # pixels
+_MAX_PIXELS = 2**28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """One person's photos; the first is the reference."""
+
+    name: str
+    photos: tuple[Path, ...]
+
+
+def read_people(folder: Path) -> list[Person]:
+    """A subfolder is a person with its photos in the order of their names; a photo directly in
+    the folder is a person of its own.
+
+    Raises ``FileMissingError``, ``NoPicturesError``.
+    """
+    if not folder.is_dir():
+        raise FileMissingError(folder, "no such folder of reference photos.")
+    people = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            photos = tuple(sorted(p for p in entry.iterdir() if _is_photo(p)))
+            people += [Person(name=entry.name, photos=photos)] if photos else []
+        elif _is_photo(entry):
+            people.append(Person(name=entry.stem, photos=(entry,)))
+    if not people:
+        raise NoPicturesError(
+            f"{folder} holds no photo ({', '.join(sorted(SUFFIXES))}). Put photos there, or a "
+            "subfolder with photos for each person."
+        )
+    return people
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture upright as ``[H, W, 3]`` in [0, 1]. Raises ``PhotoError``."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PhotoError("unreadable", str(error)) from error
+    photo = open_photo(data, max_side=_MAX_SIDE, max_pixels=_MAX_PIXELS)
+    return torch.from_numpy(photo.picture.copy()).float() / 255.0
+
+
+def read_reference(path: Path) -> Tensor:
+    """``read_picture`` of a reference. Raises ``ReferencePhotoError``."""
+    try:
+        return read_picture(path)
+    except PhotoError as error:
+        raise ReferencePhotoError(
+            path, f"the reference cannot be read: {error.reason} ({error.detail})."
+        ) from error

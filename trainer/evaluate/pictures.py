@@ -1,0 +1,272 @@
+"""Pictures for an evaluation, made in this process: people x prompts x seeds x methods.
+
+A picture's file name holds a hash of everything it depends on. So what is there is never made
+again, and a changed setting never meets an old picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infinite_id_core.adapter import Adapter
+from infinite_id_core.encoders import EncodeOptions, embed
+from infinite_id_core.errors import NoFaceError, OptionError
+from infinite_id_core.face import FaceOptions, find_faces
+from infinite_id_core.host_diffusers import AppliedIdentity, Prompt, sample
+from infinite_id_core.identity import Identity
+
+from ..config import Encoder
+from ..errors import disk_errors
+from ..files import sampled_sha256
+from ..generate import Picture, Sources, load_adapter, save_png
+from ..text import load_text_encoders
+from ..training.features import load_clip_vision
+from ..unet import MICROWORLD, LoadedUNet, load_unet
+from ..vae import Autoencoder, load_vae
+from .backbones import face_pack
+from .manifest import Row
+from .measure import Progress
+from .methods import NO_ADAPTER, Method
+from .people import Person, read_reference
+from .prompt_sets import EvalPrompt
+
+_TEXTS = 16  # encoded at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """What all methods of a run share."""
+
+    sources: Sources
+    face_models: str = MICROWORLD
+    """For the identity, as the adapter was trained: a pack's folder or ``microworld``."""
+    clip_weights: str = ""
+    """For the identity: the image encoder the adapter names."""
+    width: int = 1024
+    height: int = 1024
+    batch: int = 4
+    """Pictures of one person sampled together."""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= 256:
+            raise OptionError(f"batch must lie in [1, 256], got {self.batch}.")
+        Picture(width=self.width, height=self.height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One picture to make."""
+
+    method: Method
+    person: Person
+    prompt: EvalPrompt
+    seed: int
+    path: Path
+
+    @property
+    def row(self) -> Row:
+        """The finished picture in a manifest."""
+        return Row(
+            image=self.path,
+            reference=self.person.photos[0],
+            identity=self.person.name,
+            prompt=self.prompt.text,
+            seed=str(self.seed),
+            method=self.method.name,
+            category=self.prompt.category,
+        )
+
+
+def plan(
+    folder: Path,
+    studio: Studio,
+    methods: Sequence[Method],
+    people: Sequence[Person],
+    prompts: Sequence[EvalPrompt],
+    seeds: Sequence[int],
+) -> list[Task]:
+    """Every picture of the run, made or not, in the order they are made.
+
+    Raises ``OptionError`` for a method's name given twice, ``FileMissingError``.
+    """
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise OptionError(f"Each method needs a name of its own; got {', '.join(names)}.")
+    sources = studio.sources
+    models = (sources.unet, sources.vae, sources.text_encoders, studio.face_models,
+              studio.clip_weights)  # fmt: skip
+    base = [*map(_print_of, models), studio.width, studio.height, str(studio.dtype)]
+    photos = {photo: sampled_sha256(photo) for person in people for photo in person.photos}
+    tasks = []
+    for method, person in itertools.product(methods, people):
+        adapter = "" if method.adapter == NO_ADAPTER else _print_of(method.adapter)
+        shown = [photos[photo] for photo in person.photos[: method.references]]
+        for (number, prompt), seed in itertools.product(enumerate(prompts), seeds):
+            mark = [*base, method.settings(), adapter, shown, prompt.text, seed]
+            digest = hashlib.sha256(json.dumps(mark).encode()).hexdigest()[:12]
+            name = f"{number:03d}_{slug(prompt.text)}_{seed}_{digest}.png"
+            path = folder / slug(method.name) / slug(person.name) / name
+            tasks.append(Task(method=method, person=person, prompt=prompt, seed=seed, path=path))
+    return tasks
+
+
+def _print_of(source: str) -> str:
+    """Changes when a model does: a fingerprint of its files, otherwise its name."""
+    if not source:
+        return ""
+    path = Path(source)
+    if source == MICROWORLD:
+        from microworld import files
+
+        found = [*files.WEIGHTS.glob("*.safetensors"), *files.FACE_MODELS.glob("*.onnx")]
+    elif path.is_dir():
+        found = [file for end in ("safetensors", "onnx") for file in path.rglob(f"*.{end}")]
+    else:
+        found = [path] if path.is_file() else []
+    return sampled_sha256(*sorted(found)) if found else source
+
+
+def slug(text: str) -> str:
+    """For a file name: short, in ASCII, unlike other texts' where that had to be cut."""
+    kept = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
+    if kept == text and len(kept) <= 40:
+        return kept
+    return f"{kept[:40].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("-")
+
+
+def make_missing(tasks: Sequence[Task], studio: Studio, progress: Progress | None = None) -> int:
+    """Make the pictures that are not there; how many those were.
+
+    Each is written atomically as soon as its batch is done. Raises what models and photos raise.
+    """
+    missing = [task for task in tasks if not task.path.is_file()]
+    if not missing:
+        return 0
+    painter = _Painter(studio, missing)
+    for _, group in itertools.groupby(missing, key=lambda t: (t.method.name, t.person.name)):
+        for some in _chunks(list(group), studio.batch):
+            for task, picture in zip(some, painter.paint(some), strict=True):
+                task.path.parent.mkdir(parents=True, exist_ok=True)
+                with disk_errors(task.path):
+                    save_png(picture, task.path)
+                if progress is not None:
+                    progress()
+    return len(missing)
+
+
+def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+class _Painter:
+    """The loaded models; each is loaded when it is first needed, and once."""
+
+    def __init__(self, studio: Studio, tasks: Sequence[Task]) -> None:
+        self.studio = studio
+        self.texts = _encode(studio, tasks)
+        self.adapters: dict[str, Adapter] = {}
+        self.encoders: dict[str, Any] = {}
+        self.identities: dict[tuple[Any, ...], Identity] = {}
+
+    @cached_property
+    def unet(self) -> LoadedUNet:
+        sources = self.studio.sources
+        loaded = load_unet(sources.unet, dtype=self.studio.dtype, head_width=sources.head_width)
+        loaded.unet.to(self.studio.device)
+        return loaded
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        vae = load_vae(self.studio.sources.vae or self.studio.sources.unet)
+        vae.module.to(self.studio.device)
+        return vae
+
+    @cached_property
+    def faces(self) -> Any:
+        return face_pack(self.studio.face_models)
+
+    def paint(self, tasks: Sequence[Task]) -> Tensor:
+        """Pictures ``[n, 3, H, W]`` of tasks of one method and one person."""
+        method, studio = tasks[0].method, self.studio
+        size = {"width": studio.width, "height": studio.height}
+        noise = torch.cat([Picture(seed=task.seed, **size).noise() for task in tasks])
+        latents = sample(
+            self.unet.unet,
+            self._applied(tasks[0]),
+            _joined([self.texts[task.prompt.text] for task in tasks]),
+            self.texts[method.negative],
+            noise.to(studio.device),
+            options=method.options(),
+            sampling=method.sampling(),
+            schedule=self.unet.schedule,
+            negative_pass=method.negative_pass(),
+        )
+        return self.vae.decode(latents).cpu()
+
+    def _applied(self, task: Task) -> list[AppliedIdentity]:
+        method = task.method
+        if method.adapter == NO_ADAPTER or method.strength == 0.0:
+            return []
+        if method.adapter not in self.adapters:
+            self.adapters = {method.adapter: load_adapter(method.adapter).to(self.studio.device)}
+        adapter = self.adapters[method.adapter]
+        identity = self._identity(adapter, task.person.photos[: method.references])
+        return [AppliedIdentity(adapter=adapter, identity=identity, strength=method.strength)]
+
+    def _identity(self, adapter: Adapter, photos: tuple[Path, ...]) -> Identity:
+        config = adapter.config
+        key = (photos, config.clip_model, config.clip_layer, config.embedding)
+        if key not in self.identities:
+            faces = [self._face(photo) for photo in photos]
+            options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
+            self.identities[key] = embed(faces, self._clip(config.clip_model), options)
+        return self.identities[key]
+
+    def _face(self, photo: Path) -> Any:
+        try:
+            (face,) = find_faces(self.faces, read_reference(photo), FaceOptions()).chosen
+        except NoFaceError as error:
+            raise NoFaceError(f"{photo}: {error}") from error
+        return face
+
+    def _clip(self, name: str) -> Any:
+        if name not in self.encoders:
+            encoder = Encoder(clip_model=name, clip_weights=self.studio.clip_weights)
+            self.encoders[name] = load_clip_vision(encoder)
+        return self.encoders[name]
+
+
+def _encode(studio: Studio, tasks: Sequence[Task]) -> dict[str, Prompt]:
+    """Every prompt and negative of ``tasks``, each encoded once; the encoders are let go."""
+    sources = studio.sources
+    encoders = load_text_encoders(sources.text_encoders or sources.unet)
+    encoders = encoders.to(torch.device(studio.device))
+    texts = list(dict.fromkeys(t for k in tasks for t in (k.prompt.text, k.method.negative)))
+    found: dict[str, Prompt] = {}
+    for start in range(0, len(texts), _TEXTS):
+        some = texts[start : start + _TEXTS]
+        both = encoders.encode(some)
+        for number, text in enumerate(some):
+            row = slice(number, number + 1)
+            found[text] = Prompt(context=both.context[row], pooled=both.pooled[row])
+    return found
+
+
+def _joined(prompts: Sequence[Prompt]) -> Prompt:
+    return Prompt(
+        context=torch.cat([prompt.context for prompt in prompts]),
+        pooled=torch.cat([prompt.pooled for prompt in prompts]),
+    )
