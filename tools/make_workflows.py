@@ -374,7 +374,6 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
     prompts = texts(g, m, kind)
     model = apply(g, m, identity)
     pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)
-    g.column("5. The best of them")
     table, best, ranked, _ = g.add(
         "InfiniteIDScore",
         images=pictures,
@@ -385,6 +384,7 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
         prompt=kind.prompt if kind.micro else "",
     )
     g.add("PreviewAny", title="Scores", preview=200, source=table)
+    g.column("5. The best of them")
     g.add("SaveImage", preview=300, images=best, filename_prefix="infinite-id/best_of_batch")
     g.add("PreviewImage", title="All four by rank", preview=300, images=ranked)
     g.note(
