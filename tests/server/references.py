@@ -1,4 +1,7 @@
-"""The two reference photos the workflows name, made from scikit-image's astronaut."""
+"""The two reference photos the workflows name, made from scikit-image's astronaut.
+
+The screenshots show made portraits in their place (tools/screenshots.py).
+"""
 
 from __future__ import annotations
 
