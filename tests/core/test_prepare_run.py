@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -473,7 +474,7 @@ def test_processes_give_the_same_bytes(whole, people, pack, tmp_path):
     assert contents(output) == contents(whole[0])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # Ray starts a handful of processes; on a busy machine that takes long
 @pytest.mark.filterwarnings("ignore")
 def test_ray_gives_the_same_bytes(whole, people, pack, tmp_path):
     pytest.importorskip("ray", reason="the extra is not installed")
@@ -485,6 +486,17 @@ def test_ray_gives_the_same_bytes(whole, people, pack, tmp_path):
 def test_ray_is_missed_only_when_asked_for(people, pack, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingPackageError, match="ray"):
+        prepare(places(people, tmp_path / "o", pack), OPTIONS, replace(ALONE, engine="ray"))
+
+
+def test_a_ray_that_does_not_start_is_named(people, pack, tmp_path, monkeypatch):
+    def fail(**_):
+        raise Exception("The current node timed out during startup.")
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=fail)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace())
+    with pytest.raises(EngineError, match=r"did not start \(The current node timed out"):
         prepare(places(people, tmp_path / "o", pack), OPTIONS, replace(ALONE, engine="ray"))
 
 

@@ -107,7 +107,13 @@ def _ray_engine(options: RunOptions) -> Iterator[Engine]:
         local = {} if address else {
             "num_cpus": max(2, options.worker_count), "include_dashboard": False
         }  # fmt: skip
-        ray.init(address=address, logging_level="warning", log_to_driver=False, **local)
+        try:
+            ray.init(address=address, logging_level="warning", log_to_driver=False, **local)
+        except Exception as error:  # Ray's own are bare ones
+            raise EngineError(
+                f"Ray did not start ({str(error).strip() or type(error).__name__}). Check "
+                "--ray-address, or take --engine local, which gives the same dataset."
+            ) from error
     try:
         yield RayData(options)
     finally:
