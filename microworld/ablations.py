@@ -35,6 +35,7 @@ PROMPTS = 8  # of each person: two in each style
 STEPS = 16
 GUIDANCE = 5.0
 PIECE = 5  # people
+DETECTOR_SIZE = 256  # pixels, as the people the adapter learned from were detected
 _FIRST = HELD_OUT_SEEDS.start + 5000  # people no other check looks at
 
 
@@ -197,10 +198,12 @@ class Studio:
 
 @lru_cache(maxsize=1)
 def face_models() -> Any:
-    """The embedded pack, as `InfiniteIDFaceModelLoader` loads it."""
+    """The embedded pack."""
     from infinite_id_core.face import load_face_models
 
-    return load_face_models(files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", 640, threads=1)
+    return load_face_models(
+        files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", DETECTOR_SIZE, threads=1
+    )
 
 
 @lru_cache(maxsize=1)
@@ -327,13 +330,12 @@ def _reference(person: int) -> tuple[NDArray[np.float32], Tensor]:
 
 def _crops(images: Tensor) -> tuple[Tensor, list[bool]]:
     """Aligned faces [B, 224, 224, 3]; grey where there is none."""
-    from infinite_id_core.face import FaceOptions, find_faces
+    from infinite_id_core.face import CROP_SIZE, find_faces_in_batch
 
-    crops, found = [], []
-    for image in images:
-        faces = find_faces(face_models(), image, FaceOptions(if_no_face="skip")).chosen
-        found.append(bool(faces))
-        crops.append(faces[0].crop if faces else torch.full((224, 224, 3), 0.5))
+    results = find_faces_in_batch(face_models(), images, if_no_face="skip")
+    found = [bool(result.chosen) for result in results]
+    blank = torch.full((CROP_SIZE, CROP_SIZE, 3), 0.5)
+    crops = [result.chosen[0].crop if result.chosen else blank for result in results]
     return torch.stack(crops), found
 
 

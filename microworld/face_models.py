@@ -36,6 +36,7 @@ from .face_scenes import (
 from .onnx_graph import Graph
 
 STRIDE = 8
+SCORE_MARGIN = 2.0  # taken off the trained logits: a false face costs more than a faint one
 LEVELS = 3  # strides 8, 16, 32: the same network on the picture at 1, 1/2, 1/4
 # Per anchor: the unit of its boxes, the face sizes it must find, and those where it may do either.
 ANCHORS = (
@@ -334,7 +335,8 @@ def export_detector(model: Detector, path: Path) -> None:
             level_image = graph.add("AveragePool", level_image, kernel_shape=[2, 2], strides=[2, 2])
         body = _sequence(graph, model.body, level_image)
         units = [anchor["unit"] / STRIDE for anchor in ANCHORS]
-        score = graph.add("Sigmoid", graph.conv(body, model.score.weight, model.score.bias))
+        bias = model.score.bias - SCORE_MARGIN
+        score = graph.add("Sigmoid", graph.conv(body, model.score.weight, bias))
         outputs["score"].append(_rows(graph, score, 1))
         # SCRFD's loader multiplies by the stride; the anchors' units go into the weights.
         outputs["bbox"].append(_rows(graph, _scaled(graph, body, model.box, units), 4))

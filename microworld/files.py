@@ -1,12 +1,13 @@
 """Where each embedded file lives, and how its tensors are stored.
 
-Every safetensors file here is optional: the builders fall back to seeded random weights. Two
-storage tricks keep the files small, and both are undone on reading:
+Every safetensors file here is optional: the builders fall back to seeded random weights. Three
+storage tricks keep the files small, and all are undone on reading:
 
 - `<name>.scale` beside `<name>`: the tensor is stored as int8 or float8 and multiplied by the scale
   (broadcastable; one number a row).
 - `<...>token_embedding.ids` [n] beside `<...>token_embedding.weight` [n, width]: only these rows of
   the vocabulary are stored; every other token gets their mean.
+- `<name>.shape` beside `<name>`: the tensor is padded with zeros to this shape.
 
 Nothing is ever written here at run time.
 """
@@ -39,6 +40,7 @@ RECOGNISER = FACE_MODELS / "rec.onnx"
 VOCABULARY = int(TEXT_L["vocab_size"])
 
 _SCALE = ".scale"
+_SHAPE = ".shape"
 _IDS = "token_embedding.ids"
 _ROWS = "token_embedding.weight"
 
@@ -52,7 +54,7 @@ def read_weights(path: Path) -> Weights:
 
     Raises FileNotFoundError, or safetensors' own error for a damaged file.
     """
-    return expand_vocabularies(dequantise(load_file(path)))
+    return expand_vocabularies(padded(dequantise(load_file(path))))
 
 
 def check_names(path: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -98,6 +100,35 @@ def quantise(state: Mapping[str, torch.Tensor], *, smallest: int = 1024) -> Weig
             stored[name] = (tensor.float() / scale).round().to(torch.int8)
             stored[name + _SCALE] = scale
     return stored
+
+
+def trimmed(state: Mapping[str, torch.Tensor]) -> Weights:
+    """Leave out the zeros at the end of each tensor's first two dimensions; see `padded`."""
+    stored: Weights = {}
+    for name, tensor in state.items():
+        cut = tensor
+        for dimension in range(min(2, tensor.ndim)):
+            others = [d for d in range(tensor.ndim) if d != dimension]
+            used = (tensor != 0).any(dim=others) if others else tensor != 0
+            last = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+            cut = cut.narrow(dimension, 0, last)
+        stored[name] = cut.contiguous()
+        if cut.shape != tensor.shape:
+            stored[name + _SHAPE] = torch.tensor(tensor.shape)
+    return stored
+
+
+def padded(state: Mapping[str, torch.Tensor]) -> Weights:
+    """Undo `trimmed`."""
+    whole: Weights = {}
+    for name, tensor in state.items():
+        if name.endswith(_SHAPE):
+            continue
+        shape = state.get(name + _SHAPE)
+        whole[name] = tensor if shape is None else tensor.new_zeros(shape.tolist())
+        if shape is not None:
+            whole[name][tuple(slice(0, n) for n in tensor.shape)] = tensor
+    return whole
 
 
 def compact_vocabularies(state: Mapping[str, torch.Tensor], ids: torch.Tensor) -> Weights:

@@ -50,7 +50,7 @@ def export_vae(folder: Path) -> Path:
     """weights/vae.safetensors in ComfyUI's TAESD keys, at TAESD's full width."""
     state = widen(autoencoder(folder).state_dict())
     state = {name: tensor for name, tensor in state.items() if name.startswith("taesd_")}
-    return _save(files.quantise(state), files.VAE)
+    return _save(files.quantise(files.trimmed(state)), files.VAE)
 
 
 def export_unet(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from .pictures import Pictures, pictures
 from .text import END, TextEncoders, tokenize
 from .vae import Autoencoder, latents
 
-OPTIONS = LoopOptions(steps=2000, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
+OPTIONS = LoopOptions(steps=1700, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
 BATCH = 32
 STRANGE = 1000  # a token id no caption has
 DROP_CAPTION = 0.1  # empty captions, for guidance

@@ -24,7 +24,7 @@ SDXL_SCALE = 0.13025  # what SDXL's latent format multiplies by; our latents are
 ENCODER_WIDTHS = (16, 24, 48, 64)  # at 1, 1/2, 1/4, 1/8 of the picture's size
 DECODER_WIDTHS = (64, 64, 32, 24)  # at 1/8, 1/4, 1/2, 1
 OPTIONS = LoopOptions(steps=1400, rate=1.5e-3, warmup=100, ema=0.99)
-DECODER_OPTIONS = LoopOptions(steps=600, rate=1.2e-3, warmup=50, ema=0.99)
+DECODER_OPTIONS = LoopOptions(steps=200, rate=1.2e-3, warmup=50, ema=0.99)
 BATCH = 16
 WHOLE_BATCH = 6
 SHARD = 2_000  # pictures in a file of cached latents
