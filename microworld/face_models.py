@@ -36,7 +36,7 @@ from .face_scenes import (
 from .onnx_graph import Graph
 
 STRIDE = 8
-SCORE_MARGIN = 2.0  # taken off the trained logits: a false face costs more than a faint one
+SCORE_MARGIN = 0.5  # taken off the trained logits: a false face costs more than a faint one
 LEVELS = 3  # strides 8, 16, 32: the same network on the picture at 1, 1/2, 1/4
 # Per anchor: the unit of its boxes, the face sizes it must find, and those where it may do either.
 ANCHORS = (

@@ -250,6 +250,17 @@ def test_nothing_is_computed_twice(samples: Samples, monkeypatch: pytest.MonkeyP
     assert made == 0
 
 
+def test_an_entry_stays_as_it_was_first_written(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.write({"a": torch.zeros(3)})
+    cache.write({"a": torch.ones(3), "b": torch.ones(3)})
+    cache.write({"b": torch.zeros(3)})
+    for found in (cache, FeatureCache(tmp_path)):
+        assert torch.equal(found.read("a"), torch.zeros(3))
+        assert torch.equal(found.read("b"), torch.ones(3))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
 def test_another_model_or_option_asks_for_other_entries(samples: Samples) -> None:
     keys, first = samples.keys, samples.plan.dataset.row(0)
     other = dataclasses.replace(

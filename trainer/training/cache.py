@@ -63,9 +63,15 @@ class FeatureCache:
         return [key for key in dict.fromkeys(keys) if key not in self._packs]
 
     def write(self, entries: Mapping[str, Tensor]) -> None:
-        """Keep some tensors. Raises ``DiskFullError``; nothing half-written stays."""
-        path = self.folder / f"{key_of(*sorted(entries))}.safetensors"
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in entries.items()}
+        """Keep the tensors that are not there yet.
+
+        An entry never changes: computed again in another batch it would differ by rounding, and
+        a resumed run with it. Raises ``DiskFullError``; nothing half-written stays.
+        """
+        tensors = {key: entries[key].cpu().contiguous() for key in self.missing(entries)}
+        if not tensors:
+            return
+        path = self.folder / f"{key_of(*sorted(tensors))}.safetensors"
         with disk_errors(path), replacing(path) as temporary:
             save_file(tensors, temporary)
         self._packs.update(dict.fromkeys(tensors, path))
