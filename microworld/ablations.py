@@ -255,7 +255,7 @@ COLUMNS = (
     "style",
     "found",
     "likeness",
-    "copy",
+    "likeness_others",
     "background_right",
     "style_right",
     "expression_right",
@@ -339,7 +339,7 @@ def _crops(images: Tensor) -> tuple[Tensor, list[bool]]:
     return torch.stack(crops), found
 
 
-# --- tables and pictures ---------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------
 
 
 def table(scores: Path) -> str:
@@ -379,16 +379,3 @@ def table(scores: Path) -> str:
 def _kept(line: Mapping[str, str]) -> float:
     names = ("background", "style", "expression", "accessory")
     return float(np.mean([int(line[f"{name}_right"]) for name in names]))
-
-
-def sheet(folder: Path, rows: Sequence[Row], person: int, size: int = 128) -> Image.Image:
-    """One person: the reference, then each row's eight pictures, rows below one another."""
-    reference = photos_of(person, 1)[0]
-    lines = []
-    for row in rows:
-        path = piece_path(folder, row, person // PIECE * PIECE)
-        if path.exists():
-            made = np.load(path)["pictures"][person % PIECE]
-            lines.append(np.concatenate([reference, *made], axis=1))
-    whole = Image.fromarray(np.concatenate(lines))
-    return whole.resize((whole.width * size // 128, whole.height * size // 128))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import files
-from .config import OPEN_CLIP
+from .config import CONTEXT_WIDTH, FACE_TOKENS, OPEN_CLIP
 from .files import Weights
 
 Draw = Callable[[Mapping[str, torch.Tensor], int], Weights]
@@ -89,6 +89,17 @@ def vae_state_dict(reference: Mapping[str, torch.Tensor], seed: int = 0) -> Weig
         if name.endswith("conv.4.weight"):  # the end of each residual branch
             tensor.mul_(0.5)
     return state
+
+
+def adapter_config() -> dict[str, Any]:
+    """Values of the `AdapterConfig` of an untrained embedded adapter."""
+    return {
+        "clip_width": OPEN_CLIP["vision_cfg"]["width"],
+        "context_width": CONTEXT_WIDTH,
+        "face_tokens": FACE_TOKENS,
+        "recogniser": f"{files.INSIGHTFACE_PACK}/{files.RECOGNISER.stem}",
+        "clip_model": files.INSIGHTFACE_PACK,
+    }
 
 
 def open_clip_state_dict(seed: int = 0) -> Weights:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..microworld import comfy_models, config, files, random_weights
+from ..microworld import comfy_models, files, random_weights
 
 if TYPE_CHECKING:
     from ..infinite_id_core.host_comfyui import LoadedAdapter
@@ -51,13 +51,7 @@ def embedded_adapter() -> LoadedAdapter:
     if files.ADAPTER.is_file():
         return load_adapter(files.ADAPTER)
     adapter = Adapter(
-        AdapterConfig(
-            clip_width=config.OPEN_CLIP["vision_cfg"]["width"],
-            context_width=config.CONTEXT_WIDTH,
-            face_tokens=config.FACE_TOKENS,
-            recogniser=f"{files.INSIGHTFACE_PACK}/{files.RECOGNISER.stem}",
-            clip_model=files.INSIGHTFACE_PACK,
-        ),
+        AdapterConfig(**random_weights.adapter_config()),
         {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())},
         comfy.ops.manual_cast,
     )

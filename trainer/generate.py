@@ -138,16 +138,10 @@ def load_adapter(source: str) -> Adapter:
 
 def _random_adapter() -> Adapter:
     """What the nodes take where the embedded file is absent: the same seeded random numbers."""
-    from microworld import config, files, random_weights
+    from microworld import random_weights
 
     adapter = Adapter(
-        AdapterConfig(
-            clip_width=config.OPEN_CLIP["vision_cfg"]["width"],
-            context_width=config.CONTEXT_WIDTH,
-            face_tokens=config.FACE_TOKENS,
-            recogniser=f"{files.INSIGHTFACE_PACK}/{files.RECOGNISER.stem}",
-            clip_model=files.INSIGHTFACE_PACK,
-        ),
+        AdapterConfig(**random_weights.adapter_config()),
         {layer.path: layer.width for layer in unet_layers(load_unet(MICROWORLD).unet)},
     )
     adapter.load_state_dict(random_weights.seeded_state_dict(adapter.state_dict(), seed=0))

@@ -11,15 +11,13 @@ from safetensors.torch import save_file
 from .. import face_models, files
 from ..onnx_graph import Graph
 from ..portraits import ATTRIBUTE_SIZES
+from ..scoring import ATTRIBUTES, SCORER
 from . import adapter, names, vae
 from .faces import AttributeReader, Scorer, WithTraits
 from .loop import load_checkpoint
 from .text import used_ids
 from .unet import TextToImage
 from .vae import Autoencoder, widen
-
-SCORER = files.WEIGHTS / "scorer.onnx"
-ATTRIBUTES = files.WEIGHTS / "attributes.onnx"
 
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -217,12 +216,3 @@ def attribute_reader(
 
     model.load_state_dict(train("attributes", folder, model, loss, options))
     return model.eval()
-
-
-def everything(folder: Path, data: Pictures) -> dict[str, Any]:
-    """All three."""
-    return {
-        "recogniser": recogniser(folder, data),
-        "scorer": scorer(folder, data),
-        "attributes": attribute_reader(folder, data),
-    }
