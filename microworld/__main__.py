@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RUNS = Path("runs") / "microworld"
-BASE = ("vae", "unet", "recogniser", "scorer", "attributes", "open_clip", "detector")
+BASE = ("vae", "unet", "detector", "recogniser", "scorer", "attributes", "open_clip")
 PIECES = (*BASE, "adapter", "entangled")
 ALIASES = {"clip": "unet"}  # the text encoders are trained with the UNet
 
@@ -117,7 +117,7 @@ def _ablate(options: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    from . import ablations, files
+    from . import ablations, evidence, files
 
     chosen = {
         "core": ablations.CORE,
@@ -128,9 +128,8 @@ def _ablate(options: argparse.Namespace) -> None:
     folder = options.runs / "ablations"
     if options.score:
         scores = ablations.score(folder, chosen, options.out / f"{options.rows}.csv")
-        table = options.out / f"{options.rows}.md"
-        table.write_text(ablations.table(scores), encoding="utf-8")
-        print(table.read_text(encoding="utf-8"))
+        evidence.write(folder, scores)
+        print(scores.with_suffix(".md").read_text(encoding="utf-8"))
         return
     adapters = {"identity": options.identity or str(files.ADAPTER)}
     if options.entangled:

@@ -35,7 +35,6 @@ PROMPTS = 8  # of each person: two in each style
 STEPS = 16
 GUIDANCE = 5.0
 PIECE = 5  # people
-DETECTOR_SIZE = 256  # pixels, as the people the adapter learned from were detected
 _FIRST = HELD_OUT_SEEDS.start + 5000  # people no other check looks at
 
 
@@ -54,6 +53,10 @@ class Row:
     references: int = 1
     side: int = 128
     """Pixels of the reference photo (Fig. 10)."""
+    mix: float = 0.0
+    """How far to the next person the identity is interpolated (Fig. 12)."""
+    curve: tuple[str, float] | None = None
+    """The sweep this row is a point of, and where it lies on it."""
     people: int = PEOPLE
 
 
@@ -78,13 +81,47 @@ OPEN = (
     Row(name="no mixing in the negative pass", negative={"mixing": False}),
     Row(name="identity training, one stream", streams={"mixing": "off", "style": "off"}),
 )
+_SWEPT = 10  # people of a sweep's row
 SWEEPS = (
-    *(Row(name=f"strength {s}", strength=s) for s in (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)),
-    *(Row(name=f"style strength {s}", streams={"style_strength": s}) for s in (0.25, 0.5, 0.75)),
-    *(Row(name=f"guidance {g}", guidance=g) for g in (1.5, 3.0, 7.5)),
-    *(Row(name=f"{n} stacked references", references=n) for n in (2, 4, 8)),
-    *(Row(name=f"reference of {n} px", side=n) for n in (64, 48, 32, 24)),
+    *(
+        Row(name=f"strength {s}", strength=s, curve=("strength", s), people=_SWEPT)
+        for s in (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
+    ),
+    *(
+        Row(
+            name=f"style strength {s}",
+            streams={"style_strength": s},
+            curve=("style strength", s),
+            people=_SWEPT,
+        )
+        for s in (0.25, 0.5, 0.75)
+    ),
+    *(
+        Row(name=f"guidance {g}", guidance=g, curve=("guidance", g), people=_SWEPT)
+        for g in (1.5, 3.0, 7.5)
+    ),
+    *(
+        Row(name=f"{n} stacked references", references=n, curve=("references", n), people=_SWEPT)
+        for n in (2, 4, 8)
+    ),
+    *(
+        Row(name=f"reference of {n} px", side=n, curve=("reference, px", n), people=_SWEPT)
+        for n in (64, 48, 32, 24)
+    ),
+    *(
+        Row(name=f"mixed {m} with another", mix=m, curve=("mixed with another", m), people=_SWEPT)
+        for m in (0.25, 0.5, 0.75, 1.0)
+    ),
 )
+# Where "full method" lies on each curve.
+DEFAULTS: Mapping[str, float] = {
+    "strength": 1.0,
+    "style strength": 1.0,
+    "guidance": GUIDANCE,
+    "references": 1,
+    "reference, px": 128,
+    "mixed with another": 0.0,
+}
 ROWS = {row.name: row for row in (*CORE, *OPEN, *SWEEPS)}
 
 
@@ -147,6 +184,12 @@ class Studio:
 
     def identity(self, person: int, row: Row, adapter: Any) -> Any:
         """The reference photos, found, aligned and read as the nodes do it."""
+        from infinite_id_core.identity import interpolate
+
+        own = self._read(person, row, adapter)
+        return interpolate(own, self._read(person + 1, row, adapter), row.mix) if row.mix else own
+
+    def _read(self, person: int, row: Row, adapter: Any) -> Any:
         from infinite_id_core.encoders import EncodeOptions, embed
         from infinite_id_core.face import find_faces
 
@@ -201,9 +244,7 @@ def face_models() -> Any:
     """The embedded pack."""
     from infinite_id_core.face import load_face_models
 
-    return load_face_models(
-        files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", DETECTOR_SIZE, threads=1
-    )
+    return load_face_models(files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", threads=1)
 
 
 @lru_cache(maxsize=1)
@@ -255,7 +296,8 @@ COLUMNS = (
     "style",
     "found",
     "likeness",
-    "likeness_others",
+    "likeness_other_photos",
+    "likeness_next",
     "background_right",
     "style_right",
     "expression_right",
@@ -290,6 +332,7 @@ def _scored(row: Row, person: int, pictures: list[Picture]) -> list[list[Any]]:
     embeddings, found = scoring.embed(pictures)
     likeness = scoring.likeness(embeddings, np.repeat(truth[:1], len(pictures), axis=0))
     others = embeddings @ truth[1:].mean(axis=0)
+    beside = embeddings @ _reference(person + 1)[0][0]  # to whom "mixed with another" leads
     read = scoring.read_attributes(pictures)
     vision = image_encoder()
     texts = vision.read_texts([plain_caption(a) for a in wanted])
@@ -310,6 +353,7 @@ def _scored(row: Row, person: int, pictures: list[Picture]) -> list[list[Any]]:
                 int(found[i]),
                 f"{likeness[i]:.4f}" if found[i] else "",
                 f"{others[i]:.4f}" if found[i] else "",
+                f"{beside[i]:.4f}" if found[i] else "",
                 *right,
                 f"{said[i]:.4f}",
                 f"{seen[i]:.4f}" if has_face[i] else "",
@@ -337,45 +381,3 @@ def _crops(images: Tensor) -> tuple[Tensor, list[bool]]:
     blank = torch.full((CROP_SIZE, CROP_SIZE, 3), 0.5)
     crops = [result.chosen[0].crop if result.chosen else blank for result in results]
     return torch.stack(crops), found
-
-
-# --- tables ----------------------------------------------------------------------------------
-
-
-def table(scores: Path) -> str:
-    """A Markdown table: means with 95 % intervals, people resampled."""
-    from infinite_id_core.metrics import Interval, bootstrap_mean
-
-    by_row: dict[str, list[dict[str, str]]] = {}
-    with scores.open(encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            by_row.setdefault(line["row"], []).append(line)
-
-    def shown(lines: Sequence[Mapping[str, str]], values: Sequence[float]) -> str:
-        interval: Interval = bootstrap_mean(values, [line["person"] for line in lines])
-        return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-    rows = [
-        "| row | pictures | likeness | CLIP-I | prompt attributes | style, style prompts | CLIP-T "
-        "| faces found |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, lines in by_row.items():
-        styled = [line for line in lines if line["style"] != "photo"]
-        cells = [
-            name,
-            str(len(lines)),
-            shown(lines, [float(line["likeness"] or 0) for line in lines]),
-            shown(lines, [float(line["clip_i"] or "nan") for line in lines]),
-            shown(lines, [_kept(line) for line in lines]),
-            shown(styled, [float(line["style_right"]) for line in styled]),
-            shown(lines, [float(line["clip_t"]) for line in lines]),
-            f"{np.mean([int(line['found']) for line in lines]):.3f}",
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def _kept(line: Mapping[str, str]) -> float:
-    names = ("background", "style", "expression", "accessory")
-    return float(np.mean([int(line[f"{name}_right"]) for name in names]))

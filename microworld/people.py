@@ -29,10 +29,14 @@ REFERENCES = (
 def reference_picture(number: int = 0, size: int = 256) -> Picture:
     """A plain portrait of somebody whom no training has seen: what demo and screenshots show.
 
-    Returns uint8 [size, size, 3] RGB. Raises IndexError beyond the two of `REFERENCES`.
+    0 and 1 are `REFERENCES`; further numbers are whoever comes. Returns uint8 [size, size, 3] RGB.
     """
-    seed, background = REFERENCES[number]
-    plain = Attributes(background=BACKGROUNDS.index(background), style=0, expression=0, accessory=0)
+    if number < len(REFERENCES):
+        seed, scene = REFERENCES[number]
+        background = BACKGROUNDS.index(scene)
+    else:
+        seed, background = HELD_OUT_SEEDS[number], number % len(BACKGROUNDS)
+    plain = Attributes(background=background, style=0, expression=0, accessory=0)
     return render(Identity.from_seed(seed), plain, size=size)
 
 

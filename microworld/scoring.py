@@ -29,6 +29,7 @@ from .portraits import (
 
 SCORER = files.WEIGHTS / "scorer.onnx"
 ATTRIBUTES = files.WEIGHTS / "attributes.onnx"
+DETECTOR_SIZE = 320  # pixels; for the surest face as good as 640, in a quarter of the time
 
 Array = NDArray[np.float32]
 
@@ -84,7 +85,7 @@ def _detector() -> Any:
     from insightface.model_zoo.scrfd import SCRFD
 
     detector = SCRFD(model_file=str(files.DETECTOR), session=_session(str(files.DETECTOR)))
-    detector.prepare(-1, input_size=(128, 128), det_thresh=0.4)
+    detector.prepare(-1, input_size=(DETECTOR_SIZE, DETECTOR_SIZE), det_thresh=0.4)
     return detector
 
 
@@ -121,9 +122,16 @@ def likeness(first: Array, second: Array) -> NDArray[np.float32]:
 
 
 def real_likeness(
-    people: Sequence[int], rng: np.random.Generator, *, model: str | None = None
+    people: Sequence[int],
+    rng: np.random.Generator,
+    *,
+    model: str | None = None,
+    exact: bool = True,
 ) -> tuple[float, float]:
-    """Ceiling and floor on renders: mean cosine of one person's two pictures, and of two people."""
+    """Ceiling and floor on renders: mean cosine of one person's two pictures, and of two people.
+
+    With `exact` landmarks, or those that the detector finds.
+    """
     pictures: list[Picture] = []
     points: list[NDArray[np.float64] | None] = []
     for seed in people:
@@ -132,7 +140,7 @@ def real_likeness(
             nuisance = Nuisance.sample(rng)
             pictures.append(render(identity, Attributes.sample(rng), nuisance))
             points.append(face_landmarks(identity, nuisance))
-    rows, _ = embed(pictures, points, model=model)
+    rows, _ = embed(pictures, points if exact else None, model=model)
     same = float(likeness(rows[0::2], rows[1::2]).mean())
     other = float(likeness(rows[0::2], np.roll(rows[1::2], 1, axis=0)).mean())
     return same, other

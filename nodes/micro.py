@@ -1,12 +1,13 @@
-"""The embedded default model: every workflow runs without a download."""
+"""The embedded default: a model and people it can paint, so that workflows run at once."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comfy_api.latest import io
+import torch
+from comfy_api.latest import io, ui
 
-from ..microworld import comfy_models, files, random_weights
+from ..microworld import comfy_models, files, people, random_weights
 
 if TYPE_CHECKING:
     from ..infinite_id_core.host_comfyui import LoadedAdapter
@@ -41,6 +42,45 @@ class InfiniteIDMicroModel(io.ComfyNode):
         )
 
 
+class InfiniteIDMicroPortrait(io.ComfyNode):
+    """A reference photo for the Micro Model: a made person whom it has never seen."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfiniteIDMicroPortrait",
+            display_name="Infinite-ID Micro Portrait (embedded)",
+            category="Infinite-ID",
+            description=(
+                "A drawn portrait of a made person whom the Micro Model has never seen: a "
+                "reference for it that is always there. For your own photo use Load Image."
+            ),
+            inputs=[
+                io.Int.Input(
+                    "person",
+                    default=0,
+                    min=0,
+                    max=999_999,
+                    tooltip="Who: every number is another person, and always the same one.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=256,
+                    min=128,
+                    max=1024,
+                    step=64,
+                    tooltip="Side of the portrait, pixels.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The portrait; goes wherever a photo goes.")],
+        )
+
+    @classmethod
+    def execute(cls, person, size) -> io.NodeOutput:
+        drawn = torch.from_numpy(people.reference_picture(person, size)).float()[None] / 255.0
+        return io.NodeOutput(drawn, ui=ui.PreviewImage(drawn, cls=cls))
+
+
 def embedded_adapter() -> LoadedAdapter:
     """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
     import comfy.ops
@@ -59,4 +99,4 @@ def embedded_adapter() -> LoadedAdapter:
     return LoadedAdapter(adapter.requires_grad_(False))
 
 
-NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel]
+NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel, InfiniteIDMicroPortrait]

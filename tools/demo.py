@@ -116,8 +116,9 @@ def fill_in(
     written: set[int] = set()  # two samplers may share a text
     for node in prompt.values():
         inputs = node["inputs"]
-        if node["class_type"] == "LoadImage":
-            inputs["image"] = photo
+        if node["class_type"] in ("LoadImage", "InfiniteIDMicroPortrait"):
+            # A made portrait makes room for the photo: both give a picture and nothing else.
+            node["class_type"], node["inputs"] = "LoadImage", {"image": photo}
         seeds = inputs.keys() & {"seed", "noise_seed"}
         if not seeds or not isinstance(inputs.get("positive"), list):
             continue  # not a sampler

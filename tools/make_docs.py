@@ -28,6 +28,7 @@ CHAPTERS = {
         "InfiniteIDMicroModel",
     ),
     "Who": (
+        "InfiniteIDMicroPortrait",
         "InfiniteIDAlignFace",
         "InfiniteIDEncode",
         "InfiniteIDMix",

@@ -109,19 +109,31 @@ SDXL_NOTE = (
 )
 
 
-def person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> Out:
+def person(g: Graph, m: Models, kind: Kind, title: str, number: int = 0) -> Out:
     """Photo -> aligned face -> identity."""
-    return photo_and_person(g, m, title, photo)[1]
+    return photo_and_person(g, m, kind, title, number)[1]
 
 
-def photo_and_person(g: Graph, m: Models, title: str, photo: str = REFERENCE) -> tuple[Out, Out]:
+def photo_and_person(
+    g: Graph, m: Models, kind: Kind, title: str, number: int = 0
+) -> tuple[Out, Out]:
     """The photo, and the identity of its person."""
     assert m.faces and m.vision
     g.column(title)
-    image, _ = g.add("LoadImage", title="Reference photo: choose yours", preview=240, image=photo)
+    image = photo(g, kind, "Reference photo", number)
     faces, *_ = g.add("InfiniteIDAlignFace", preview=240, face_analysis=m.faces, image=image)
     (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
     return image, identity
+
+
+def photo(g: Graph, kind: Kind, title: str, number: int = 0) -> Out:
+    """A photo of the user's; for the embedded default, which knows nobody else, a made person."""
+    if kind.micro:
+        (image,) = g.add("InfiniteIDMicroPortrait", title=title, preview=240, person=number)
+        return image
+    name = (REFERENCE, REFERENCE_2)[number]
+    image, _ = g.add("LoadImage", title=f"{title}: choose yours", preview=240, image=name)
+    return image
 
 
 def texts(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
@@ -185,7 +197,7 @@ def apply(g: Graph, m: Models, identity: Out, model: Out | None = None, **values
 def one_face(g: Graph, kind: Kind) -> None:
     about = "A photo of a person and a prompt in; that person, doing what the prompt says, out."
     m = loaders(g, kind, (about, 80))
-    identity = person(g, m, "2. Who")
+    identity = person(g, m, kind, "2. Who")
     prompts = texts(g, m, kind)
     model = apply(g, m, identity)
     paint(g, m, kind, model, prompts, "one_face")
@@ -194,7 +206,7 @@ def one_face(g: Graph, kind: Kind) -> None:
 def style_presets(g: Graph, kind: Kind) -> None:
     about = "The person of the photo in one of twelve styles: choose it in Style Preset."
     m = loaders(g, kind, (about, 80))
-    identity = person(g, m, "2. Who")
+    identity = person(g, m, kind, "2. Who")
     g.column("3. What to paint, in which style")
     values = {"presets": MICRO_STYLES} if kind.micro else {}
     prompt = "a person at the beach, smiling" if kind.micro else "a person reading by a window"
@@ -240,8 +252,8 @@ pop art = a neon picture of {prompt} | photo, sepia"""
 def mix_two_people(g: Graph, kind: Kind) -> None:
     about = "One new person out of two photos. `ratio` in Mix says how much of each."
     m = loaders(g, kind, (about, 80))
-    first = person(g, m, "2a. First person")
-    second = person(g, m, "2b. Second person", REFERENCE_2)
+    first = person(g, m, kind, "2a. First person")
+    second = person(g, m, kind, "2b. Second person", 1)
     prompts = texts(g, m, kind)
     (both,) = g.add(
         "InfiniteIDMix", identity_a=first, identity_b=second, mode="interpolate", ratio=0.5
@@ -259,7 +271,7 @@ def mix_two_people(g: Graph, kind: Kind) -> None:
 def save_identity(g: Graph, kind: Kind) -> None:
     about = "Keeps the person of the photo in a file, so that the photo is not needed again."
     m = loaders(g, kind, (about, 80))
-    identity = person(g, m, "2. Who")
+    identity = person(g, m, kind, "2. Who")
     g.column("3. Keep it, and try it")
     g.add("InfiniteIDSaveIdentity", identity=identity, name="my person", if_exists="overwrite")
     g.note(
@@ -295,8 +307,8 @@ def use_saved_identity(g: Graph, kind: Kind) -> None:
 def two_people(g: Graph, kind: Kind) -> None:
     about = "Two people in one picture. Each Apply paints its person where its mask is white."
     m = loaders(g, kind, (about, 80))
-    left_person = person(g, m, "2a. Person on the left")
-    right_person = person(g, m, "2b. Person on the right", REFERENCE_2)
+    left_person = person(g, m, kind, "2a. Person on the left")
+    right_person = person(g, m, kind, "2b. Person on the right", 1)
     g.column("2c. Where they are")
     size = kind.size
     (black,) = g.add("SolidMask", title="Black, all of it", value=0.0, width=size, height=size)
@@ -326,12 +338,10 @@ def two_people(g: Graph, kind: Kind) -> None:
 def small_face_detail(g: Graph, kind: Kind) -> None:
     about = "Gives a small face in a finished picture a pass of its own."
     m = loaders(g, kind, (about, 80))
-    identity = person(g, m, "2. Who")
+    identity = person(g, m, kind, "2. Who")
     assert m.faces
     g.column("3. Picture with a small face")
-    image, _ = g.add(
-        "LoadImage", title="Picture to mend: choose yours", preview=240, image=REFERENCE
-    )
+    image = photo(g, kind, "Picture to mend")
     crop, region, mask = g.add(
         "InfiniteIDFaceCrop", face_analysis=m.faces, image=image, size=kind.size
     )
@@ -370,7 +380,7 @@ def small_face_detail(g: Graph, kind: Kind) -> None:
 def best_of_batch(g: Graph, kind: Kind) -> None:
     about = "Makes four pictures and keeps the one that looks most like the person."
     m = loaders(g, kind, (about, 80))
-    photo, identity = photo_and_person(g, m, "2. Who")
+    photo, identity = photo_and_person(g, m, kind, "2. Who")
     prompts = texts(g, m, kind)
     model = apply(g, m, identity)
     pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)

@@ -13,6 +13,7 @@ NODE_IDS = (
     "InfiniteIDFaceCrop",
     "InfiniteIDFacePaste",
     "InfiniteIDMicroModel",
+    "InfiniteIDMicroPortrait",
     "InfiniteIDStylePreset",
     "InfiniteIDScore",
 )

@@ -5,27 +5,16 @@ python -m tools.screenshots       # needs ComfyUI and a Chromium
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 
 from PIL import Image
 
-from microworld.people import reference_picture
-
 from .comfy_live import ComfyServer
-from .make_workflows import FOLDER, REFERENCE, REFERENCE_2, ROOT, WORKFLOWS
+from .make_workflows import FOLDER, ROOT, WORKFLOWS
 from .page import Page, find_browser
 
 IMAGES = ROOT / "docs" / "images"
-
-
-def upload_portraits(server: ComfyServer) -> None:
-    """Two people whom the embedded models have never seen, under the names the workflows use."""
-    for number, name in enumerate((REFERENCE, REFERENCE_2)):
-        buffer = io.BytesIO()
-        Image.fromarray(reference_picture(number)).save(buffer, "PNG")
-        server.upload(buffer.getvalue(), name)
 
 
 def main() -> int:
@@ -39,7 +28,6 @@ def main() -> int:
     # No cache: a page shows the pictures of the nodes that ran for it.
     extra = ("--cache-none",)
     with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=extra) as server:
-        upload_portraits(server)
         for name in WORKFLOWS:
             # A page of its own each: lists of files are read when the page opens.
             with Page(browser, server.url) as page:

@@ -257,6 +257,7 @@ def png(image: Tensor) -> bytes:
 _WIDGETS = {"int": "INT", "float": "FLOAT", "str": "STRING", "bool": "BOOLEAN"}
 _FILES = {
     "LoadImage": {"input": {"required": {"image": ["COMBO"]}}},
+    "InfiniteIDMicroPortrait": {"input": {"required": {"person": ["INT"], "size": ["INT"]}}},
     "SaveImage": {"input": {"required": {"filename_prefix": ["STRING"]}}},
 }
 

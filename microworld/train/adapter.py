@@ -15,7 +15,7 @@ from ..people import write_people
 
 PEOPLE, PHOTOS = 1600, 4
 CONFIG = Path(__file__).resolve().parents[2] / "trainer" / "configs" / "microworld.toml"
-PREPARE = ("--detector-size", "256", "--held-out", "0.01")
+PREPARE = ("--held-out", "0.01")
 ENTANGLED = ("--set", "objective.mode=entangled")
 
 

@@ -26,8 +26,12 @@ def check(folder: Path, out: Path, count: int) -> Iterator[str]:
     yield _reconstruction(vae)
     people = range(HELD_OUT_SEEDS.start, HELD_OUT_SEEDS.start + 300)
     for name, model in (("recogniser", files.RECOGNISER), ("scorer", scoring.SCORER)):
-        same, other = scoring.real_likeness(people, generator("check"), model=str(model))
-        yield f"{name} on held-out renders: same person {same:.3f}, others {other:.3f}"
+        for exact in (True, False):
+            same, other = scoring.real_likeness(
+                people, generator("check"), model=str(model), exact=exact
+            )
+            landmarks = "exact" if exact else "found"
+            yield f"{name}, {landmarks} landmarks: same person {same:.3f}, others {other:.3f}"
     rng = generator("check prompts")
     drawn = [Attributes.sample(rng, held_out=True) for _ in range(max(count, 200))]
     real = [

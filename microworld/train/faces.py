@@ -24,8 +24,8 @@ from .data import generator
 from .loop import LoopOptions, train
 from .pictures import EACH, Pictures
 
-RECOGNISER_OPTIONS = LoopOptions(steps=1600, rate=4e-3, warmup=50, weight_decay=1e-3)
-SCORER_OPTIONS = LoopOptions(steps=700, rate=3e-3, warmup=50, weight_decay=1e-3)
+RECOGNISER_OPTIONS = LoopOptions(steps=2600, rate=4e-3, warmup=50, weight_decay=1e-3)
+SCORER_OPTIONS = LoopOptions(steps=1500, rate=3e-3, warmup=50, weight_decay=1e-3)
 READER_OPTIONS = LoopOptions(steps=600, rate=4e-3, warmup=50, weight_decay=1e-3)
 PEOPLE_A_STEP = 64
 READ_A_STEP = 64

@@ -105,7 +105,7 @@ def train(
                 "model": model.state_dict(),
                 "average": average,
                 "step": step,
-                "optimiser": optimiser.state_dict() if step < options.steps else {},
+                "optimiser": optimiser.state_dict(),  # also at the end: more steps may follow
             },
         )
 

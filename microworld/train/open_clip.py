@@ -1,9 +1,10 @@
 """E_clip: a tiny open_clip model whose image tokens carry identity as well as content.
 
 Two objectives take turns: whole pictures against their captions (which gives CLIP-T and CLIP-I),
-and aligned faces whose mean token of the last block must tell the person's traits and what the
-recogniser says of the picture. Published CLIP models learn faces from captions with names; our
-captions have none, so identity is taught directly.
+and aligned faces: every patch's token of the last block must tell what the recogniser's last map
+says at its place, and their mean the person's traits and the recogniser's embedding. Published CLIP
+models learn faces from captions with names; our captions have none, so identity is taught directly,
+and patch by patch, because a mean alone is far too little to learn from.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..captions import caption
-from ..config import FACE_WIDTH, OPEN_CLIP
+from ..config import FACE_WIDTH, OPEN_CLIP, RECOGNISER_SIZE
 from ..portraits import ATTRIBUTE_NAMES, ATTRIBUTE_SIZES, Attributes, Identity
 from .data import generator
 from .faces import Crops, recogniser, worn
@@ -27,12 +28,14 @@ from .loop import LoopOptions, arithmetic, train
 from .pictures import Pictures
 from .text import row_of_ids, tokenize, used_ids
 
-OPTIONS = LoopOptions(steps=1000, rate=1.2e-3, warmup=100, weight_decay=0.01, ema=0.99)
+OPTIONS = LoopOptions(steps=1600, rate=1.2e-3, warmup=100, weight_decay=0.01, ema=0.99)
 FACES_A_STEP = 32
 CAPTIONS_A_STEP = 32
 CAPTIONS_EVERY = 3  # steps; the others teach faces
-_CUT = 112  # pixels: a face of a 128 px picture has no more to show
 PADDING = 0.25  # of the aligned crop, as infinite_id_core.face cuts it for E_clip
+_CUT = round(RECOGNISER_SIZE * (1 + 2 * PADDING))  # pixels: faces as large as the teacher knows
+_MAP_LAYERS = 7  # of the recogniser's body: its last map, stride 16
+MAP_WIDTH = 96
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
@@ -50,6 +53,7 @@ class ImageText(nn.Module):
         self.person = nn.Sequential(
             nn.BatchNorm1d(width, affine=False), nn.Linear(width, 12 + FACE_WIDTH)
         )
+        self.patch = nn.Linear(width, MAP_WIDTH)
         self.seen = nn.Linear(OPEN_CLIP["embed_dim"], sum(ATTRIBUTE_SIZES))
         self.register_buffer("rows", row_of_ids(), persistent=False)
 
@@ -91,18 +95,31 @@ def _identity_loss(
     model: ImageText, crops: Crops, teacher: nn.Module, rng: np.random.Generator
 ) -> tuple[torch.Tensor, dict[str, float]]:
     rows = rng.choice(len(crops.data), FACES_A_STEP, replace=False)
+    cut = crops.batch(rows, rng, size=_CUT, padding=PADDING)
+    inner = round(RECOGNISER_SIZE * PADDING)
     with torch.no_grad():
-        known = F.normalize(teacher(crops.batch(rows, rng) * 2 - 1), dim=1)
-    faces = worn(crops.batch(rows, rng, size=_CUT, padding=PADDING), rng)
+        middle = cut[..., inner : inner + RECOGNISER_SIZE, inner : inner + RECOGNISER_SIZE]
+        known = F.normalize(teacher(middle * 2 - 1), dim=1)
+        map_ = _unit_scale(teacher.body[:_MAP_LAYERS](cut * 2 - 1))
     with arithmetic():
-        mean = model.tokens(normed(faces)).float().mean(dim=1)
-    traits, face = model.person(mean).split([12, FACE_WIDTH], dim=1)
+        tokens = model.tokens(normed(worn(cut, rng)))
+    tokens = tokens.float()
+    traits, face = model.person(tokens.mean(dim=1)).split([12, FACE_WIDTH], dim=1)
     error = F.mse_loss(traits, crops.data.traits[rows])
     cosine = F.cosine_similarity(face, known).mean()
-    return 10 * error + (1 - cosine), {
+    patches = F.mse_loss(model.patch(tokens[:, 1:]), map_)
+    return 10 * error + (1 - cosine) + patches, {
         "traits": float(error.detach()),
         "cosine": float(cosine.detach()),
+        "patches": float(patches.detach()),
     }
+
+
+def _unit_scale(map_: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] to one row a patch, [B, 256, C], every channel of mean 0 and deviation 1."""
+    side = OPEN_CLIP["vision_cfg"]["image_size"] // OPEN_CLIP["vision_cfg"]["patch_size"]
+    rows = F.interpolate(map_, size=(side, side), mode="bilinear").flatten(2).mT
+    return (rows - rows.mean(dim=(0, 1))) / (rows.std(dim=(0, 1)) + 1e-3)
 
 
 def _caption_loss(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from .. import face_models
 from . import adapter, export, faces, open_clip, unet, vae
-from .pictures import pictures
+from .pictures import Pictures, pictures
+from .seen import seen
 
 
 def train_piece(name: str, folder: Path) -> None:
@@ -17,13 +18,13 @@ def train_piece(name: str, folder: Path) -> None:
     elif name == "unet":
         unet.run(folder, vae.run(folder))
     elif name == "recogniser":
-        faces.recogniser(folder, pictures(folder))
+        faces.recogniser(folder, _seen(folder))
     elif name == "scorer":
-        faces.scorer(folder, pictures(folder))
+        faces.scorer(folder, _seen(folder))
     elif name == "attributes":
         faces.attribute_reader(folder, pictures(folder))
     elif name == "open_clip":
-        open_clip.run(folder, pictures(folder))
+        open_clip.run(folder, _seen(folder))
     elif name == "detector":
         path = folder / "det.onnx"
         if not path.exists():
@@ -36,3 +37,11 @@ def train_piece(name: str, folder: Path) -> None:
         adapter.run(folder, name, adapter.ENTANGLED if name == "entangled" else ())
     else:
         raise ValueError(f"Expected a model of the microworld, got {name!r}.")
+
+
+def _seen(folder: Path) -> Pictures:
+    train_piece("detector", folder)
+    data = pictures(folder)
+    return seen(
+        folder, export.autoencoder(folder), vae.latents(folder, vae.run(folder), data), data
+    )

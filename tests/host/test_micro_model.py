@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 import nodes
 from microworld import comfy_models, config, files, random_weights
+from microworld.portraits import HELD_OUT_SEEDS, Attributes, Identity, render
 
+PLAIN = Attributes(background=2, style=0, expression=0, accessory=0)
 pytestmark = pytest.mark.usefixtures("inference_mode_for_micro")
 
 
@@ -193,3 +195,12 @@ def test_a_file_of_another_shape_is_named(tmp_path, monkeypatch, fresh_caches):
     monkeypatch.setattr(files, "UNET", tmp_path / "unet.safetensors")
     with pytest.raises(files.MicroWeightsError, match=r"unet\.safetensors.*out\.2\.weight"):
         comfy_models.load_unet()
+
+
+def test_a_portrait_is_its_number_and_nobody_of_the_training(pack):
+    node = importlib.import_module(f"{pack.__name__}.nodes.micro").InfiniteIDMicroPortrait
+    first, again, other = (node.execute(n, 128).args[0] for n in (2, 2, 3))
+    assert first.shape == (1, 128, 128, 3) and 0 <= first.min() < 0.2 < first.max() <= 1
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    held_out = render(Identity.from_seed(HELD_OUT_SEEDS[2]), PLAIN, size=128)
+    assert torch.equal((first[0] * 255).round().byte(), torch.from_numpy(held_out))

@@ -1,7 +1,4 @@
-"""The two reference photos the workflows name, made from scikit-image's astronaut.
-
-The screenshots show made portraits in their place (tools/screenshots.py).
-"""
+"""The two reference photos the `sdxl` workflows name, made from scikit-image's astronaut."""
 
 from __future__ import annotations
 

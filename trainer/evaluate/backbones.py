@@ -26,7 +26,6 @@ NONE = "none"
 ChannelOrder = Literal["rgb", "bgr"]
 CHANNEL_ORDER: tuple[ChannelOrder, ...] = get_args(ChannelOrder)
 
-_MICRO_DETECTOR_SIZE = 128  # pixels: the microworld's pictures
 _DEFAULT_SIDE = 112  # of a recogniser whose file leaves it open
 
 logger = logging.getLogger(__name__)
@@ -122,17 +121,15 @@ def face_reader(
     source: str,
     detector: str = MICROWORLD,
     options: OnnxInput | None = None,
-    detector_size: int = 0,
+    detector_size: int = DETECTOR_SIZE,
 ) -> FaceReader:
     """A pack's folder, an ``.onnx`` file (with the ``detector`` pack), or ``microworld``.
 
-    ``microworld`` is its scorer, which never conditions an adapter. ``detector_size`` 0 takes the
-    pictures' own for the microworld and the usual one otherwise. Raises ``UnknownBackboneError``,
-    and what loading raises.
+    ``microworld`` is its scorer, which never conditions an adapter. Raises
+    ``UnknownBackboneError``, and what loading raises.
     """
     finder = detector if source.endswith(".onnx") else source
-    usual = _MICRO_DETECTOR_SIZE if finder == MICROWORLD else DETECTOR_SIZE
-    faces = face_pack(finder, detector_size or usual)
+    faces = face_pack(finder, detector_size)
     if source.endswith(".onnx"):
         return OnnxReader(Path(source), faces, options)
     if source == MICROWORLD:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
+from infinite_id_core.face import DETECTOR_SIZE
 from infinite_id_core.metrics import BootstrapOptions
 
 from ..generate import Sources
@@ -225,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--face", default=MICROWORLD, help="E_face: ROOT/models/PACK, a .onnx file, or microworld. "
         "Take one that did not condition the pictures")  # fmt: skip
     add("--detector", default=MICROWORLD, help="for a .onnx file: the pack that finds faces")
-    add("--detector-size", type=int, default=0, help="pixels; 0: 128 for microworld, else 640")
+    add("--detector-size", type=int, default=DETECTOR_SIZE, help="pixels")
     add("--onnx-mean", type=float, default=127.5, help="its input is (255 x - mean) / deviation")
     add("--onnx-deviation", type=float, default=127.5)
     add("--onnx-order", choices=CHANNEL_ORDER, default="rgb")
