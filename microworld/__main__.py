@@ -127,6 +127,8 @@ def _ablate(options: argparse.Namespace) -> None:
     }[options.rows]
     folder = options.runs / "ablations"
     if options.score:
+        if options.rows == "sweeps":  # every curve has the full method's point
+            chosen = (ablations.ROWS[evidence.FULL], *chosen)
         scores = ablations.score(folder, chosen, options.out / f"{options.rows}.csv")
         evidence.write(folder, scores)
         print(scores.with_suffix(".md").read_text(encoding="utf-8"))
