@@ -82,34 +82,21 @@ OPEN = (
     Row(name="identity training, one stream", streams={"mixing": "off", "style": "off"}),
 )
 _SWEPT = 6  # people of a sweep's row
+
+
+def _point(curve: str, at: float, name: str, **options: Any) -> Row:
+    """A row of a sweep; `options`: what it changes."""
+    return Row(name=name, curve=(curve, at), people=_SWEPT, **options)
+
+
 SWEEPS = (
+    *(_point("strength", s, f"strength {s}", strength=s) for s in (0.5, 1.5, 2.0)),
+    _point("style strength", 0.5, "style strength 0.5", streams={"style_strength": 0.5}),
+    *(_point("guidance", g, f"guidance {g}", guidance=g) for g in (2.0, 3.0, 7.5)),
+    *(_point("references", n, f"{n} stacked references", references=n) for n in (2, 4, 8)),
+    *(_point("reference, px", n, f"reference of {n} px", side=n) for n in (64, 32, 24)),
     *(
-        Row(name=f"strength {s}", strength=s, curve=("strength", s), people=_SWEPT)
-        for s in (0.5, 1.5, 2.0)
-    ),
-    *(
-        Row(
-            name=f"style strength {s}",
-            streams={"style_strength": s},
-            curve=("style strength", s),
-            people=_SWEPT,
-        )
-        for s in (0.5,)
-    ),
-    *(
-        Row(name=f"guidance {g}", guidance=g, curve=("guidance", g), people=_SWEPT)
-        for g in (2.0, 3.0, 7.5)
-    ),
-    *(
-        Row(name=f"{n} stacked references", references=n, curve=("references", n), people=_SWEPT)
-        for n in (2, 4, 8)
-    ),
-    *(
-        Row(name=f"reference of {n} px", side=n, curve=("reference, px", n), people=_SWEPT)
-        for n in (64, 32, 24)
-    ),
-    *(
-        Row(name=f"mixed {m} with another", mix=m, curve=("mixed with another", m), people=_SWEPT)
+        _point("mixed with another", m, f"mixed {m} with another", mix=m)
         for m in (0.25, 0.5, 0.75, 1.0)
     ),
 )
@@ -336,9 +323,8 @@ def _scored(row: Row, person: int, pictures: list[Picture]) -> list[list[Any]]:
     beside = embeddings @ _reference(person + 1)[0][0]  # to whom "mixed with another" leads
     read = scoring.read_attributes(pictures)
     vision = image_encoder()
-    texts = vision.read_texts([plain_caption(a) for a in wanted])
     images = torch.from_numpy(np.stack(pictures)).float() / 255
-    said = clip_t(vision.encode_image(images).image_embeds, texts)
+    said = clip_t(vision.encode_image(images).image_embeds, _texts(person))
     seen = clip_i(vision.encode_image(_crops(images, landmarks)).image_embeds, crop)
     lines = []
     for i, asked in enumerate(wanted):
@@ -371,6 +357,13 @@ def _reference(person: int) -> tuple[NDArray[np.float32], Tensor]:
     crops = _crops(torch.from_numpy(np.stack(photos[:1])).float() / 255, landmarks[:1])
     embeds: Tensor = image_encoder().encode_image(crops).image_embeds
     return truth, embeds
+
+
+@lru_cache(maxsize=64)
+def _texts(person: int) -> Tensor:
+    """E_text of the person's prompts, which all rows share."""
+    texts: Tensor = image_encoder().read_texts([plain_caption(a) for a in prompts_of(person)])
+    return texts
 
 
 def _crops(images: Tensor, landmarks: Sequence[NDArray[np.float64] | None]) -> Tensor:

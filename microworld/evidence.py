@@ -14,11 +14,11 @@ from infinite_id_core.metrics import Interval, bootstrap_mean
 
 from .ablations import DEFAULTS, PIECE, PROMPTS, ROWS, Row, photos_of, piece_path, prompts_of
 from .captions import plain_caption
+from .portraits import ATTRIBUTE_NAMES
 
 Line = Mapping[str, str]
 
 FULL = "full method"
-_ATTRIBUTES = ("background", "style", "expression", "accessory")
 SHEET_PEOPLE, SHEET_PROMPTS = 8, 6
 
 
@@ -43,7 +43,7 @@ def mean(lines: Sequence[Line], column: str) -> Interval:
 
 
 def _kept(line: Line) -> float:
-    return float(np.mean([int(line[f"{name}_right"]) for name in _ATTRIBUTES]))
+    return float(np.mean([int(line[f"{name}_right"]) for name in ATTRIBUTE_NAMES]))
 
 
 def write(folder: Path, scores: Path) -> None:
@@ -57,7 +57,7 @@ def write(folder: Path, scores: Path) -> None:
     if any(row.curve for row in rows):
         curves(by_row, scores.with_name(f"{scores.stem}_curves.png"))
     compared = [row for row in rows if row.curve is None]
-    if compared:
+    if len(compared) > 1:
         comparison(folder, compared, scores.with_name(f"{scores.stem}_comparison.png"))
     if FULL in by_row:
         sheet(folder, ROWS[FULL], scores.with_name("people_and_prompts.png"))
@@ -156,7 +156,7 @@ def sheet(folder: Path, row: Row, out: Path) -> Path:
             left = side + gap + column * (side + gap)
             page.paste(Image.fromarray(made[person][index]), (left, top))
             words = plain_caption(prompts_of(person)[index])
-            draw.text((left + 1, top + side + 1), _wrapped(words, 27), "black", font)
+            draw.text((left + 1, top + side + 1), textwrap.fill(words, 27), "black", font)
     return _saved(page, out)
 
 
@@ -168,7 +168,7 @@ def comparison(folder: Path, rows: Sequence[Row], out: Path, person: int = 0) ->
     first = person // PIECE * PIECE
     for number, row in enumerate(rows):
         made = np.load(piece_path(folder, row, first))["pictures"][person - first]
-        draw.text((4, number * side + side // 2 - 8), _wrapped(row.name, 26), "black", font)
+        draw.text((4, number * side + side // 2 - 8), textwrap.fill(row.name, 26), "black", font)
         page.paste(Image.fromarray(np.concatenate(list(made), axis=1)), (left, number * side))
     return _saved(page, out)
 
@@ -178,7 +178,3 @@ def _saved(page: Image.Image, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     page.convert("P", palette=Image.Palette.ADAPTIVE).save(out, optimize=True)
     return out
-
-
-def _wrapped(text: str, width: int) -> str:
-    return textwrap.fill(text, width)

@@ -72,19 +72,26 @@ def prompt_kept(pictures: Sequence[Picture], prompts: Sequence[str]) -> dict[str
     return {**rates, "mean": float(np.mean([r for seen in right.values() for r in seen]))}
 
 
-def find_landmarks(picture: Picture) -> NDArray[np.float64] | None:
-    """The embedded detector's five points [5, 2] of the surest face, or None."""
-    boxes, points = _detector().detect(picture[..., ::-1].copy(), max_num=0)
+def find_landmarks(
+    picture: Picture, *, detector: str | None = None, size: int = DETECTOR_SIZE
+) -> NDArray[np.float64] | None:
+    """The five points [5, 2] of the surest face, or None; by default of the embedded detector.
+
+    `size`: pixels the detector works at.
+    """
+    boxes, points = _detector(detector or str(files.DETECTOR)).detect(
+        picture[..., ::-1].copy(), input_size=(size, size), max_num=0
+    )
     if len(boxes) == 0:
         return None
     return np.asarray(points[int(boxes[:, 4].argmax())], dtype=np.float64)
 
 
-@lru_cache(maxsize=1)
-def _detector() -> Any:
+@lru_cache(maxsize=2)
+def _detector(path: str) -> Any:
     from insightface.model_zoo.scrfd import SCRFD
 
-    detector = SCRFD(model_file=str(files.DETECTOR), session=_session(str(files.DETECTOR)))
+    detector = SCRFD(model_file=path, session=_session(path))
     detector.prepare(-1, input_size=(DETECTOR_SIZE, DETECTOR_SIZE), det_thresh=0.4)
     return detector
 

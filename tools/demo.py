@@ -109,16 +109,21 @@ def upstream(prompt: dict[str, Any], node_id: str, class_type: str) -> dict[str,
     return None
 
 
+def show(prompt: dict[str, Any], photo: str) -> None:
+    """Let an uploaded photo stand where the workflow has one, or a made portrait."""
+    for node in prompt.values():
+        if node["class_type"] in ("LoadImage", "InfiniteIDMicroPortrait"):
+            node["class_type"], node["inputs"] = "LoadImage", {"image": photo}
+
+
 def fill_in(
     prompt: dict[str, Any], photo: str, text: str, style: str | None, seed: int | None
 ) -> str:
     """Put photo, texts and seed into the workflow's own nodes; returns the prompt they hold."""
+    show(prompt, photo)
     written: set[int] = set()  # two samplers may share a text
     for node in prompt.values():
         inputs = node["inputs"]
-        if node["class_type"] in ("LoadImage", "InfiniteIDMicroPortrait"):
-            # A made portrait makes room for the photo: both give a picture and nothing else.
-            node["class_type"], node["inputs"] = "LoadImage", {"image": photo}
         seeds = inputs.keys() & {"seed", "noise_seed"}
         if not seeds or not isinstance(inputs.get("positive"), list):
             continue  # not a sampler

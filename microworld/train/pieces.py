@@ -41,7 +41,5 @@ def train_piece(name: str, folder: Path) -> None:
 
 def _seen(folder: Path) -> Pictures:
     train_piece("detector", folder)
-    data = pictures(folder)
-    return seen(
-        folder, export.autoencoder(folder), vae.latents(folder, vae.run(folder), data), data
-    )
+    model, data = export.autoencoder(folder), pictures(folder)
+    return seen(folder, model, vae.latents(folder, model, data), data)

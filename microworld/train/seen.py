@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config import IMAGE_SIZE
+from ..scoring import find_landmarks
 from .loop import load_checkpoint, save_atomic
 from .pictures import EACH, Pictures
 from .vae import Autoencoder
@@ -31,15 +28,12 @@ def seen(folder: Path, vae: Autoencoder, encoded: torch.Tensor, data: Pictures) 
     exact landmarks stay. What it makes is kept in `folder/seen.pt`.
     """
     path = folder / "seen.pt"
-    if not path.exists():
-        decoded = _decoded(vae, encoded[::EACH])
-        pictures = data.pictures.clone()
-        pictures[::EACH] = decoded
-        landmarks = _found(folder / "det.onnx", pictures, data.landmarks)
-        save_atomic(path, {"decoded": decoded, "landmarks": landmarks})
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path) if path.exists() else {"decoded": _decoded(vae, encoded[::EACH])}
     pictures = data.pictures.clone()
     pictures[::EACH] = saved["decoded"]
+    if "landmarks" not in saved:
+        saved["landmarks"] = _found(folder / "det.onnx", pictures, data.landmarks)
+        save_atomic(path, saved)
     return replace(data, pictures=pictures, landmarks=saved["landmarks"])
 
 
@@ -57,27 +51,11 @@ def _decoded(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
 def _found(detector: Path, pictures: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """The surest face's five points in each picture, [N, 5, 2] in its pixels."""
     found, missed = exact.clone(), 0
-    model = _detector(detector)
     for row, picture in enumerate(tqdm(pictures.numpy(), desc="landmarks", mininterval=10)):
-        size = SIZES[row % len(SIZES)]
-        image = cv2.resize(picture[..., ::-1], (size, size))
-        boxes, points = model.detect(image, input_size=(size, size), max_num=0)
-        if len(boxes) == 0:
+        points = find_landmarks(picture, detector=str(detector), size=SIZES[row % len(SIZES)])
+        if points is None:
             missed += 1
-            continue
-        surest = points[int(boxes[:, 4].argmax())] * (IMAGE_SIZE / size)
-        found[row] = torch.from_numpy(np.asarray(surest, dtype=np.float32))
+        else:
+            found[row] = torch.from_numpy(points)
     print(f"no face was found in {missed} of {len(pictures)} pictures")
     return found
-
-
-def _detector(path: Path) -> Any:
-    import onnxruntime
-    from insightface.model_zoo.scrfd import SCRFD
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    detector = SCRFD(model_file=str(path), session=session)
-    detector.prepare(-1, input_size=(SIZES[0], SIZES[0]), det_thresh=0.4)
-    return detector

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tools.comfy_live import ComfyServer, NodeFailed
+from tools.demo import show
 from tools.make_workflows import EMBEDDED, FOLDER, REFERENCE, WORKFLOWS, build
 
 from .references import upload_references
@@ -37,9 +38,9 @@ def run(server: ComfyServer, name: str, photo: str = "", **changes: Any) -> np.n
     `photo`: an uploaded file in place of the made portraits.
     """
     prompt = server.to_api(workflow(f"{name}.micro"))
+    if photo:
+        show(prompt, photo)
     for node in prompt.values():
-        if photo and node["class_type"] == "InfiniteIDMicroPortrait":
-            node["class_type"], node["inputs"] = "LoadImage", {"image": photo}
         if "steps" in node["inputs"]:
             node["inputs"]["steps"] = 4
         # Values only: a link of the same name is somebody else's input.
