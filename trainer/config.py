@@ -205,12 +205,15 @@ class Objective:
     """Min-SNR weighting's gamma (5 is usual); 0 weighs all timesteps alike, as the paper."""
     noise_offset: float = 0.0
     """Share of noise that is equal over the whole picture; 0 is the paper's."""
+    face_weight: float = 0.0
+    """How much more than the rest the middle of the face counts in the loss; 0 weighs the whole
+    picture alike, as the paper."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self, mode=MODES)
         _in_range(
             "objective", self, drop_identity=(0.0, 1.0), drop_text=(0.0, 1.0),
-            min_snr=(0.0, 100.0), noise_offset=(0.0, 1.0),
+            min_snr=(0.0, 100.0), noise_offset=(0.0, 1.0), face_weight=(0.0, 1000.0),
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NonFiniteError, ResumeError
 from trainer.training import loop, state
-from trainer.training.objective import Objective, TrainingModel
+from trainer.training.objective import Objective, TrainingModel, face_bell
 from trainer.training.samples import Caches, Keys, Plan
 from trainer.unet import load_unet
 from trainer.vae import Autoencoder
@@ -209,6 +210,23 @@ def test_a_run_with_other_settings_is_not_resumed(plain_run: Path, root: Path) -
     with pytest.raises(ResumeError, match="run.seed: 7 then, 8 now"):
         again(run={"seed": 8})
     again(checkpoints={"every": 3}, log={"every": 7}, data={"workers": 1})  # these are free
+
+
+def test_a_run_from_before_an_option_existed_is_resumed(
+    plain_run: Path, root: Path, tmp_path: Path
+) -> None:
+    config = train_world.config(root, "plain", run={"steps": 4})
+    record = state.read_record(state.find_checkpoint(config, "auto") or tmp_path)
+    older = {
+        **record.config,
+        "objective": {k: v for k, v in record.config["objective"].items() if k != "face_weight"},
+    }
+    record.check(dataclasses.replace(record, config=older), tmp_path)
+    other = {**record.config, "objective": {**record.config["objective"], "face_weight": 1.0}}
+    with pytest.raises(ResumeError, match="objective.face_weight: 0.0 then, 1.0 now"):
+        dataclasses.replace(record, config=other).check(
+            dataclasses.replace(record, config=older), tmp_path
+        )
 
 
 def test_a_run_on_other_data_is_not_resumed(plain_run: Path, settings: Any, tmp_path: Path) -> None:
@@ -399,6 +417,30 @@ def test_min_snr_weights() -> None:
         torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / over)
 
 
+def test_face_weight() -> None:
+    """An error in the middle of the face counts more, one far from it less; none at 0."""
+    landmarks = torch.tensor([[[2.0, 2.0], [4.0, 2.0], [3.0, 3.0], [2.0, 4.0], [4.0, 4.0]]])
+    batch = {**batch_at(500), "face_bell": face_bell(landmarks, 8, 8)}
+    assert batch["face_bell"].shape == (1, 1, 8, 8)
+    assert float(batch["face_bell"][0, 0, 3, 3]) == 1.0
+    assert float(batch["face_bell"].max()) == 1.0
+    found = {}
+    for place in ((3, 3), (7, 7)):
+        output = batch["noise"].clone()
+        output[0, :, place[0], place[1]] += 1.0
+        for weight in (0.0, 8.0):
+            objective = Objective(NoiseSchedule(), 0.0, torch.device("cpu"), weight)
+            weighted, plain = objective.losses(output, batch)
+            found[place, weight] = float(weighted[0])
+            torch.testing.assert_close(plain, torch.tensor([1 / 64]))
+    assert found[(3, 3), 0.0] == found[(7, 7), 0.0] == pytest.approx(1 / 64)
+    assert found[(3, 3), 8.0] == pytest.approx(9 * found[(7, 7), 8.0], rel=1e-2)
+    # Over all places the weights are 1 on average: the rate needs no other value.
+    objective = Objective(NoiseSchedule(), 0.0, torch.device("cpu"), 8.0)
+    weighted, _ = objective.losses(batch["noise"] + 1.0, batch)
+    torch.testing.assert_close(weighted, torch.ones(1))
+
+
 def test_rates(settings: Any) -> None:
     options = settings(
         run={"steps": 110},
@@ -439,6 +481,7 @@ def test_every_option_changes_the_weights(settings: Any) -> None:
         "none": {},
         "min_snr": {"objective": {"min_snr": 1.0}},
         "noise_offset": {"objective": {"noise_offset": 0.3}},
+        "face_weight": {"objective": {"face_weight": 8.0}},
         "drop_identity": {"objective": {"drop_identity": 1.0}},
         "prediction": {"model": {"prediction": "v"}},
         "zero_terminal_snr": {"model": {"zero_terminal_snr": True}},

@@ -124,6 +124,26 @@ def test_the_null_identity_is_zeros_before_the_mappers(samples: Samples) -> None
     assert samples[kept[0]]["clip"].any()
 
 
+def test_the_face_bell_stands_over_the_face(samples: Samples) -> None:
+    assert "face_bell" not in samples[0]
+    config = samples.plan.config
+    weighted = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, face_weight=4.0)
+    )
+    plan = Plan(weighted, samples.plan.dataset, 4)
+    for number in range(8):
+        sample = Samples(plan, samples.keys, samples.caches)[number]
+        choice = plan.choice(number)
+        crop = plan.crop(choice.target, choice.crop)
+        points = crop.inside(np.asarray(plan.dataset.row(choice.target).landmarks))
+        x, y = (points[:2].mean(axis=0) + points[3:].mean(axis=0)) / 16  # latent pixels
+        bell = sample["face_bell"][0]
+        assert bell.shape == sample["latent"].shape[-2:]
+        row, column = divmod(int(bell.argmax()), bell.shape[1])
+        assert abs(row + 0.5 - y) <= 0.51
+        assert abs(column + 0.5 - x) <= 0.51
+
+
 def test_noise_is_unit_and_the_offset_is_shared_by_a_channel(samples: Samples) -> None:
     plan = samples.plan
     noise = torch.stack([plan.noise(n).flatten()[:200] for n in range(200)])

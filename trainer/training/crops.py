@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import Data
@@ -39,6 +40,12 @@ class Crop:
         scale = self.bucket[0] / self.height
         top, left = round(self.top * scale), round(self.left * scale)
         return (*self.photo, top, left, *self.bucket)
+
+    def inside(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points ``[n, 2]`` (x, y) of the photo in pixels of the target picture."""
+        height, width = self.bucket
+        scale = np.array([width / self.width, height / self.height])
+        return np.asarray((points - (self.left, self.top)) * scale)
 
     def cut(self, photo: Image.Image) -> Image.Image:
         """The target picture."""

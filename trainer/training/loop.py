@@ -306,7 +306,12 @@ class _Trainer:
         self.held_out = self._held_out()
         self._fill_caches()
         self.previewer = self._previewer(recogniser)
-        self.objective = Objective(self.loaded.schedule, config.objective.min_snr, processes.device)
+        self.objective = Objective(
+            self.loaded.schedule,
+            config.objective.min_snr,
+            processes.device,
+            config.objective.face_weight,
+        )
 
     def _start(self, resume: str) -> Path | None:
         """Every process starts from the checkpoint that the main one chose, or fails as it did."""

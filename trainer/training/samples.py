@@ -27,6 +27,7 @@ from ..errors import NoPairsError
 from .cache import FeatureCache, key_of
 from .crops import Bucket, Crop, buckets, draw_crop, nearest_bucket
 from .draws import Purpose, generator
+from .objective import face_bell
 
 LATENT_CHANNELS = 4
 LATENT_STRIDE = 8  # pixels per latent pixel
@@ -252,6 +253,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
             "face": torch.zeros_like(face) if choice.drop_identity else face,
             "clip": torch.zeros_like(clip) if choice.drop_identity else clip,
         }
+        if config.objective.face_weight:
+            sample["face_bell"] = _bell(target, crop)
         if config.objective.mode == "entangled":
             key = self.keys.text("" if choice.drop_text else target.caption)
             sample["context"] = self.caches.text.read(key)
@@ -259,10 +262,19 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return sample
 
 
+def _bell(row: Row, crop: Crop) -> Tensor:
+    """``face_bell`` of a crop's latent, ``[1, h, w]``."""
+    points = crop.inside(np.asarray(row.landmarks, dtype=np.float64))
+    # A latent pixel's middle is half its side from its corner.
+    places = torch.from_numpy((points / LATENT_STRIDE - 0.5).astype(np.float32))
+    height, width = crop.bucket
+    return face_bell(places[None], height // LATENT_STRIDE, width // LATENT_STRIDE)[0]
+
+
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples: latent and noise ``[B, 4, h, w]``, timestep and number ``[B]``, size_ids
     ``[B, 6]``, face ``[B, 512]``, clip ``[B, 257, D]``, and for entangled training context
-    ``[B, 77, C]``, pooled ``[B, P]``."""
+    ``[B, 77, C]``, pooled ``[B, P]``; with a face weight face_bell ``[B, 1, h, w]``."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

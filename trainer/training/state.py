@@ -8,9 +8,9 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class RunRecord:
             )
 
 
+def _default(section: str, key: str) -> Any:
+    """What a run had from before the key existed: a new option's default changes nothing."""
+    return next(f.default for f in fields(get_type_hints(TrainConfig)[section]) if f.name == key)
+
+
 def _differences(
     before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[tuple[str, str, Any, Any]]:
@@ -79,7 +84,7 @@ def _differences(
         if free is None:
             continue
         for key, value in values.items():
-            old = before.get(section, {}).get(key)
+            old = before.get(section, {}).get(key, _default(section, key))
             if key not in free and old != value:
                 found.append((section, key, old, value))
     # A cosine's shape depends on its end.
