@@ -17,7 +17,7 @@ def generate(
     prompts: list[str],
     *,
     steps: int = 30,
-    guidance: float = 5.0,
+    guidance: float = 3.0,
     seed: int = 0,
 ) -> torch.Tensor:
     """DDIM with classifier-free guidance; uint8 [B, 128, 128, 3]."""
