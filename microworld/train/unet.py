@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from torch import nn
 
-from trainer.training.objective import face_bell
+from trainer.training.objective import face_bell, face_weighted
 
 from ..captions import EMPTY, CaptionOptions, caption
 from ..config import CONTEXT_WIDTH, IMAGE_SIZE, UNET
@@ -121,9 +121,8 @@ def _loss(
         )[0]
     # A latent pixel's middle is 3.5 pixels from its first.
     side = IMAGE_SIZE // 8
-    places = 1 + FACE_WEIGHT * face_bell((data.landmarks[chosen] - 3.5) / 8, side, side)
-    squared = (made.float() - noise).square() * places
-    error = squared.mean(dim=(1, 2, 3)) / places.mean(dim=(1, 2, 3))
+    bell = face_bell((data.landmarks[chosen] - 3.5) / 8, side, side)
+    error = face_weighted((made.float() - noise).square(), bell, FACE_WEIGHT)
     # Plain noise error hardly asks for composition and colour, which are decided where noise is
     # most: the error of the picture there is the noise's over alpha. Half way (in logarithm) to it,
     # up to where that would leave nothing for the middle, which decides expressions.

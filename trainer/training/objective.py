@@ -33,6 +33,16 @@ def face_bell(landmarks: Tensor, height: int, width: int) -> Tensor:
     return torch.exp(-square / (2 * deviation.square()[:, None, None]))[:, None]
 
 
+def face_weighted(squared: Tensor, bell: Tensor, weight: float) -> Tensor:
+    """Mean over each sample of squared errors ``[B, C, h, w]``, the face counting more: ``[B]``.
+
+    ``bell`` is ``face_bell``'s; its middle counts 1 + ``weight`` times as much as a place far from
+    the face. That leaves the best answer what it is: it says where to learn first.
+    """
+    places = 1.0 + weight * bell
+    return (squared * places).mean(dim=(1, 2, 3)) / places.mean(dim=(1, 2, 3))
+
+
 class TrainingModel(nn.Module):
     """The adapter as the one module that learns; the UNet stands beside it, not inside.
 
@@ -106,9 +116,7 @@ class Objective:
         plain = squared.mean(dim=(1, 2, 3))
         counted = plain
         if self.face_weight:
-            # A weight per place leaves the best answer what it is: it says where to learn first.
-            places = 1.0 + self.face_weight * batch["face_bell"]
-            counted = (squared * places).mean(dim=(1, 2, 3)) / places.mean(dim=(1, 2, 3))
+            counted = face_weighted(squared, batch["face_bell"], self.face_weight)
         return counted * self._weights(batch["timestep"]), plain.detach()
 
     def _scales(self, batch: Batch) -> tuple[Tensor, Tensor]:
