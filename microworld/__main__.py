@@ -2,7 +2,7 @@
 
 python -m microworld sheet OUT.png            a contact sheet of people and styles
 python -m microworld people FOLDER            photos of made people, a folder each
-python -m microworld train --everything       train every base model; resumes where it was
+python -m microworld train --everything       train every model; resumes where it was
 python -m microworld train --only unet        one of them, and what it needs
 python -m microworld export                   write microworld/weights from the checkpoints
 python -m microworld check                    pictures and scores of the trained base
@@ -14,9 +14,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .portraits import STYLES
+
 RUNS = Path("runs") / "microworld"
 BASE = ("vae", "unet", "detector", "recogniser", "scorer", "attributes", "open_clip")
-PIECES = (*BASE, "adapter", "entangled")
+# Besides models: the adapter's photos (drawn, prepared, their features cached).
+PIECES = (*BASE, "photos", "adapter", "entangled")
 ALIASES = {"clip": "unet"}  # the text encoders are trained with the UNet
 
 
@@ -36,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     people.add_argument("--photos", type=int, default=6, help="of each person")
     people.add_argument("--size", type=int, default=256, help="pixels")
     people.add_argument("--held-out", action="store_true", help="people no training has seen")
+    people.add_argument("--style", choices=STYLES, help="default: in all styles")
     train = commands.add_parser("train", help="train, or resume")
     chosen = train.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--everything", action="store_true")
     chosen.add_argument("--only", choices=(*PIECES, *ALIASES))
-    train.add_argument("--threads", type=int, default=2)
+    train.add_argument("--jobs", type=int, default=2, help="pieces trained side by side")
+    train.add_argument("--threads", type=int, default=2, help="of all pieces together")
     export = commands.add_parser("export", help="write microworld/weights")
     export.add_argument("--only", choices=(*BASE, "adapter"), action="append")
     check = commands.add_parser("check", help="sample the base and score it")
@@ -83,19 +88,17 @@ def _people(options: argparse.Namespace) -> None:
         write_people(
             options.folder, options.people, options.photos,
             size=options.size, held_out=options.held_out,
+            style=STYLES.index(options.style) if options.style else None,
         )
     )  # fmt: skip
 
 
 def _train(options: argparse.Namespace) -> None:
-    import torch
-
-    torch.set_num_threads(options.threads)
-    from .train import pieces
+    from .train.pieces import train_all
 
     only = ALIASES.get(options.only, options.only)
-    for name in PIECES if options.everything else [only]:
-        pieces.train_piece(name, options.runs)
+    names = PIECES if options.everything else (only,)
+    train_all(names, options.runs, jobs=options.jobs, threads=options.threads)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -141,7 +141,7 @@ def train_detector(
     *,
     seed: int = 0,
     scenes: int = 4000,
-    rounds: tuple[int, ...] = (1100, 500, 500),
+    rounds: tuple[int, ...] = (1500, 700, 700),
     batch: int = 32,
 ) -> Detector:
     """Train on freshly drawn scenes, one round of so many steps after another.

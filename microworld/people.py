@@ -41,11 +41,18 @@ def reference_picture(number: int = 0, size: int = 256) -> Picture:
 
 
 def write_people(
-    folder: Path, people: int, photos: int, *, size: int = 256, held_out: bool = False
+    folder: Path,
+    people: int,
+    photos: int,
+    *,
+    size: int = 256,
+    held_out: bool = False,
+    style: int | None = None,
 ) -> Path:
     """Draw `photos` pictures of each of `people`: `person_00012/3.png`, its caption beside it.
 
-    Training people, or those kept out of all training. The same arguments give the same bytes.
+    Training people, or those kept out of all training; in one `style` (an index into STYLES) or in
+    all. The same arguments give the same bytes.
     """
     seeds = (HELD_OUT_SEEDS if held_out else TRAIN_SEEDS)[:people]
     for seed in seeds:
@@ -54,7 +61,7 @@ def write_people(
         identity = Identity.from_seed(seed)
         for number in range(photos):
             rng = np.random.default_rng([seed, number])
-            attributes = Attributes.sample(rng)
+            attributes = Attributes.sample(rng, style=style)
             picture = render(identity, attributes, Nuisance.sample(rng), size)
             Image.fromarray(picture).save(place / f"{number}.png")
             text = caption(attributes, rng, identity)

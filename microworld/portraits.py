@@ -93,12 +93,17 @@ class Attributes:
                 raise ValueError(f"Expected {name} in 0..{count - 1}, got {value}.")
 
     @classmethod
-    def sample(cls, rng: np.random.Generator, *, held_out: bool = False) -> Attributes:
-        """A combination of the training set, or (`held_out`) one that training never shows."""
+    def sample(
+        cls, rng: np.random.Generator, *, held_out: bool = False, style: int | None = None
+    ) -> Attributes:
+        """A combination of the training set, or (`held_out`) one that training never shows.
+
+        `style`: in this style only.
+        """
         while True:
             sizes = zip(ATTRIBUTE_NAMES, ATTRIBUTE_SIZES, strict=True)
             found = cls(**{name: int(rng.integers(size)) for name, size in sizes})
-            if found.is_held_out == held_out:
+            if found.is_held_out == held_out and style in (None, found.style):
                 return found
 
     @property

@@ -38,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="check configuration, data and files, estimate memory, disk and time, and end",
     )
+    parser.add_argument(
+        "--fill-caches",
+        action="store_true",
+        help="compute the latents and features that are cached, and end",
+    )
     values = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     config = read_config(values.config, values.set)
@@ -46,8 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
         print(dry_run(config, values.resume))
         return 0
-    from .training.loop import INTERRUPTED, train
+    from .training.loop import INTERRUPTED, fill_caches, train
 
+    if values.fill_caches:
+        return 0 if fill_caches(config) else INTERRUPTED
     outcome = train(config, values.resume)
     if not outcome.finished:
         print(

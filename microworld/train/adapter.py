@@ -1,7 +1,8 @@
 """The adapter, trained by the trainer's own commands on the exported models.
 
 What users run for their people, we run for ours: photos of made people, `trainer prepare` through
-the embedded detector and recogniser, `trainer train` with `trainer/configs/microworld.toml`.
+the embedded detector and recogniser, `trainer train` with `trainer/configs/microworld.toml`. Photos
+only, as in the paper: other styles are the base's to know and the mixed attention's to keep.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from pathlib import Path
 
 from .. import files
 from ..people import write_people
+from ..portraits import STYLES
+from .loop import arithmetic
 
 PEOPLE, PHOTOS = 1600, 4
 CONFIG = Path(__file__).resolve().parents[2] / "trainer" / "configs" / "microworld.toml"
+DATA = "people_data"
 PREPARE = ("--held-out", "0.01")
 ENTANGLED = ("--set", "objective.mode=entangled")
 
@@ -25,12 +29,17 @@ class TrainerFailedError(RuntimeError):
 
 def prepare(folder: Path) -> Path:
     """Photos of made people, detected, aligned, embedded and grouped; resumes."""
-    people, data, drawn = (folder / name for name in ("people", "people_data", "people.drawn"))
+    people, data, drawn = (folder / name for name in ("people", DATA, "people.drawn"))
     if not drawn.exists():
-        write_people(people, PEOPLE, PHOTOS, size=128)
+        write_people(people, PEOPLE, PHOTOS, size=128, style=STYLES.index("photo"))
         drawn.touch()
     _trainer("prepare", str(people), str(data), "--face-models", str(files.FACE_MODELS), *PREPARE)
     return data
+
+
+def fill_caches(data: Path) -> None:
+    """Compute what the training of any adapter reads again and again: latents, image tokens."""
+    _trainer("train", "--config", str(CONFIG), "--set", f"data.folder={data}", "--fill-caches")
 
 
 def run(folder: Path, name: str, options: Sequence[str] = ()) -> Path:
@@ -38,10 +47,14 @@ def run(folder: Path, name: str, options: Sequence[str] = ()) -> Path:
     output = folder / name
     finished = output / "adapter.safetensors"
     if not finished.exists():
-        data = prepare(folder)
-        where = ("--set", f"run.output={output}", "--set", f"data.folder={data}")
-        _trainer("train", "--config", str(CONFIG), *where, *options)
+        where = ("--set", f"run.output={output}", "--set", f"data.folder={folder / DATA}")
+        _trainer("train", "--config", str(CONFIG), *where, *_precision(), *options)
     return finished
+
+
+def _precision() -> Sequence[str]:
+    """bfloat16 where the processor multiplies it, as in the other trainings."""
+    return ("--set", "optimiser.precision=bf16") if arithmetic()._enabled else ()
 
 
 def export(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from .pictures import Pictures, pictures
 from .text import END, TextEncoders, tokenize
 from .vae import Autoencoder, latents
 
-OPTIONS = LoopOptions(steps=11000, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
+OPTIONS = LoopOptions(steps=8000, rate=1e-3, warmup=200, ema=0.998, weight_decay=0.01)
 BATCH = 32
 STRANGE = 1000  # a token id no caption has
 # Talkative: a trait that is named in a quarter of the captions is learned too late to matter.

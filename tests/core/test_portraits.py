@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from microworld import captions
+from microworld.captions import attributes_of
+from microworld.people import write_people
 from microworld.portraits import (
     ATTRIBUTE_NAMES,
     ATTRIBUTE_SIZES,
@@ -93,6 +95,17 @@ def test_training_and_held_out_people_and_combinations_are_apart():
     rng = np.random.default_rng(0)
     assert not any(Attributes.sample(rng).is_held_out for _ in range(200))
     assert all(Attributes.sample(rng, held_out=True).is_held_out for _ in range(50))
+
+
+def test_people_can_be_drawn_in_one_style_only(tmp_path):
+    for name, style in (("all", None), ("photos", 0)):
+        write_people(tmp_path / name, 3, 8, size=32, style=style)
+        shown = [attributes_of(p.read_text()) for p in (tmp_path / name).rglob("*.txt")]
+        assert len(shown) == 24
+        assert ({a["style"] for a in shown if "style" in a} == {0}) == (style == 0)
+    rng = np.random.default_rng(0)
+    drawn = [Attributes.sample(rng, style=3, held_out=True) for _ in range(20)]
+    assert all(a.style == 3 and a.is_held_out for a in drawn)
 
 
 def test_an_attribute_out_of_range_is_refused():

@@ -20,6 +20,7 @@ from infinite_id_core.checkpoint import read_adapter, read_header
 from infinite_id_core.errors import MissingPackageError, ModelMismatchError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.schedule import NoiseSchedule
+from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NonFiniteError, ResumeError
@@ -62,6 +63,23 @@ def parts(config: TrainConfig) -> tuple[Any, Any]:
     return loaded, loop.new_adapter(
         config, loop.adapter_config(config, dataset, loaded), loaded.unet
     )
+
+
+# --- caches ----------------------------------------------------------------------------------
+
+
+def test_fill_caches_computes_all_that_a_run_reads_and_nothing_else(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(data={"cache": str(tmp_path / "cache")}, run={"steps": 1})
+    file = train_world.write_config(tmp_path / "config.toml", config)
+    assert main(["train", "--config", str(file), "--fill-caches"]) == 0
+    filled = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert filled
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    capsys.readouterr()
+    loop.train(config)
+    assert {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.safetensors")} == filled
 
 
 # --- what learns -----------------------------------------------------------------------------

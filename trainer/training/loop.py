@@ -71,6 +71,16 @@ def train(
         return _Trainer(config, processes, resume, recogniser).run()
 
 
+def fill_caches(config: TrainConfig) -> bool:
+    """Compute what training would cache before its first step; False if it was asked to stop.
+
+    Raises what ``train`` raises before that step.
+    """
+    with _Processes(config) as processes:
+        _Trainer(config, processes, "none", None)
+        return not processes.any_stop()
+
+
 # --- processes -------------------------------------------------------------------------------
 
 
