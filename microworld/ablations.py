@@ -250,6 +250,17 @@ def pieces(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
             yield row, first
 
 
+def share(rows: Sequence[Row], number: int, count: int) -> list[tuple[Row, int]]:
+    """The pieces of part `number` of `count`: dealt so that all have as many people to draw."""
+    people, mine = [0] * count, []
+    for row, first in pieces(rows):
+        part = people.index(min(people))
+        people[part] += min(PIECE, row.people - first)
+        if part == number:
+            mine.append((row, first))
+    return mine
+
+
 def piece_path(folder: Path, row: Row, first: int) -> Path:
     """Where a piece's pictures lie."""
     return folder / f"{row.name.replace(' ', '_').replace(',', '')}.{first:03d}.npz"
@@ -258,7 +269,7 @@ def piece_path(folder: Path, row: Row, first: int) -> Path:
 def make(folder: Path, rows: Sequence[Row], adapters: Mapping[str, str], part: str) -> None:
     """Make the missing pictures of this part's pieces."""
     number, count = (int(n) for n in part.split("/"))
-    todo = [p for i, p in enumerate(pieces(rows)) if i % count == number]
+    todo = share(rows, number, count)
     todo = [(row, first) for row, first in todo if not piece_path(folder, row, first).exists()]
     if not todo:
         return

@@ -84,3 +84,13 @@ def test_what_is_written_beside_the_scores(tmp_path):
     assert np.abs(page[:128, :128] - ablations.photos_of(0, 1)[0]).mean() < 25  # of 256 colours
     assert np.abs(page[:128, :128] - ablations.photos_of(1, 1)[0]).mean() > 25
     assert isinstance(ablations.prompts_of(0)[0], Attributes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_all_pieces_once_and_of_one_size(count):
+    rows = (*ablations.OPEN, *ablations.SWEEPS)
+    parts = [ablations.share(rows, number, count) for number in range(count)]
+    dealt = [(row.name, first) for part in parts for row, first in part]
+    assert sorted(dealt) == sorted((row.name, first) for row, first in ablations.pieces(rows))
+    people = [sum(min(ablations.PIECE, r.people - first) for r, first in part) for part in parts]
+    assert max(people) - min(people) <= ablations.PIECE
