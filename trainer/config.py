@@ -29,6 +29,7 @@ from .data_index import Filters
 from .errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
 
 Mode = Literal["identity", "entangled"]
+PooledText = Literal["zeros", "empty"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu"]
 OptimiserKind = Literal["adamw", "adamw8bit"]
@@ -36,6 +37,7 @@ RateSchedule = Literal["fixed", "cosine"]
 PredictionChoice = Literal["auto", "epsilon", "v"]
 FileDtype = Literal["float32", "float16", "bfloat16"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+POOLED_TEXTS: tuple[PooledText, ...] = get_args(PooledText)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 OPTIMISERS: tuple[OptimiserKind, ...] = get_args(OptimiserKind)
@@ -77,7 +79,7 @@ class Model:
     vae: str = ""
     """Its autoencoder: the same kinds of source; empty takes the one inside ``unet``."""
     text_encoders: str = ""
-    """Only for ``objective.mode = "entangled"``; empty takes those inside ``unet``."""
+    """Only where ``objective`` reads text; empty takes those inside ``unet``."""
     head_width: int = 64
     """Width of one attention head: 64 in every SDXL; it is not in the tensors."""
     prediction: PredictionChoice = "auto"
@@ -197,6 +199,9 @@ class Objective:
     mode: Mode = "identity"
     """``identity``: text attention off, as in the paper; ``entangled``: its ablation, with the
     photos' captions."""
+    pooled: PooledText = "zeros"
+    """Pooled text where captions are off: ``zeros``, as in the paper, or that of the ``empty``
+    prompt, for which the text encoder is read once."""
     drop_identity: float = 0.1
     """Share of samples with the null identity, for guidance."""
     drop_text: float = 0.05
@@ -210,11 +215,16 @@ class Objective:
     picture alike, as the paper."""
 
     def __post_init__(self) -> None:
-        _one_of("objective", self, mode=MODES)
+        _one_of("objective", self, mode=MODES, pooled=POOLED_TEXTS)
         _in_range(
             "objective", self, drop_identity=(0.0, 1.0), drop_text=(0.0, 1.0),
             min_snr=(0.0, 100.0), noise_offset=(0.0, 1.0), face_weight=(0.0, 1000.0),
         )  # fmt: skip
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything of a text encoder is learned from."""
+        return self.mode == "entangled" or self.pooled == "empty"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NonFiniteError, ResumeError
 from trainer.training import loop, state
 from trainer.training.objective import Objective, TrainingModel, face_bell
-from trainer.training.samples import Caches, Keys, Plan
+from trainer.training.samples import Caches, Keys, Plan, Samples
 from trainer.unet import load_unet
 from trainer.vae import Autoencoder
 
@@ -491,6 +491,28 @@ def test_entangled_training_reads_the_captions(settings: Any, tmp_path: Path, ro
     context = caches.text.read(keys.text("photo 1 of a person"))
     assert context.shape == (77, 128)
     assert not torch.equal(context, caches.text.read(keys.text("")))
+
+
+def test_the_empty_prompts_pooled_text_is_all_that_is_read_of_text(
+    settings: Any, tmp_path: Path
+) -> None:
+    config = settings(
+        run={"steps": 1},
+        model={"unet": "microworld"},
+        data={"cache": str(tmp_path / "cache"), "crops_per_photo": 1},
+        objective={"pooled": "empty"},
+    )
+    loop.train(config)
+    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
+    caches = Caches.below(config)
+    dataset = Dataset(config.data.folder, config.filters)
+    captions = sorted({*dataset.table["caption"].to_pylist()} - {""})
+    texts = [keys.text(caption) for caption in captions]
+    assert texts and caches.text.missing([keys.text(""), *texts]) == texts
+    sample = Samples(Plan(config, dataset, 2), keys, caches)[0]
+    assert "context" not in sample
+    assert torch.equal(sample["pooled"], caches.text.read(f"{keys.text('')}.pooled"))
+    assert sample["pooled"].abs().max() > 0
 
 
 def test_every_option_changes_the_weights(settings: Any) -> None:

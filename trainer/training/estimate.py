@@ -128,7 +128,7 @@ def _check_models(config: TrainConfig, dataset: Dataset) -> None:
     if config.encoder.clip_model != MICROWORLD:
         read_header(config.encoder.clip_weights)
     clip_width(config.encoder)
-    if config.objective.mode == "entangled":
+    if config.objective.reads_text:
         text_fingerprint(config.model.text_source)
     if config.optimiser.kind == "adamw8bit":
         purpose = "for optimiser.kind = 'adamw8bit' (or use 'adamw')"

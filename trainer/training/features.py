@@ -78,11 +78,10 @@ def clip_fingerprint(encoder: Encoder) -> str:
 
 def fingerprints_of(config: TrainConfig) -> Fingerprints:
     """Of all models whose outputs are cached; no weights are loaded."""
-    entangled = config.objective.mode == "entangled"
     return Fingerprints(
         vae=vae_fingerprint(config.model.vae_source),
         clip=clip_fingerprint(config.encoder),
-        text=text_fingerprint(config.model.text_source) if entangled else "",
+        text=text_fingerprint(config.model.text_source) if config.objective.reads_text else "",
     )
 
 
@@ -181,7 +180,7 @@ def compute_missing(
             if caches.clip.missing([keys.clip(held_out.dataset.row(row))])
         ]
         made += _compute_photos(held_out, keys, caches, missing[rank::world], device, progress)
-    if plan.config.objective.mode == "entangled":
+    if plan.config.objective.reads_text:
         made += _compute_captions(plan, keys, caches, device, part, progress)
     return made
 
@@ -239,7 +238,9 @@ def _compute_captions(
     part: tuple[int, int],
     progress: Progress,
 ) -> int:
-    captions = ["", *dict.fromkeys(plan.dataset.table["caption"].to_pylist())]
+    captions = [""]
+    if plan.config.objective.mode == "entangled":
+        captions += dict.fromkeys(plan.dataset.table["caption"].to_pylist())
     by_key = {keys.text(caption): caption for caption in captions}
     missing = caches.text.missing(by_key)[part[0] :: part[1]]
     if not missing:

@@ -59,7 +59,7 @@ class TrainingModel(nn.Module):
     def forward(self, noisy: Tensor, batch: Batch) -> Tensor:
         """The UNet's output ``[B, 4, h, w]`` for ``noisy`` of that shape.
 
-        ``batch`` as ``samples.collate`` gives it. Pooled text is zeros where text is off.
+        ``batch`` as ``samples.collate`` gives it. Pooled text is zeros where it has none.
         """
         unet = self._frozen[0]
         rows = noisy.shape[0]
@@ -67,8 +67,8 @@ class TrainingModel(nn.Module):
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])
         if "context" in batch:
             tokens = torch.cat([batch["context"].to(tokens.dtype), tokens], dim=1)
-            pooled = batch["pooled"]
-        else:
+        pooled = batch.get("pooled")
+        if pooled is None:
             pooled = noisy.new_zeros(rows, self.pooled_width)
         like = unet.conv_in.weight
         output = unet(

@@ -259,6 +259,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
             key = self.keys.text("" if choice.drop_text else target.caption)
             sample["context"] = self.caches.text.read(key)
             sample["pooled"] = self.caches.text.read(f"{key}.pooled")
+        elif config.objective.pooled == "empty":
+            sample["pooled"] = self.caches.text.read(f"{self.keys.text('')}.pooled")
         return sample
 
 
@@ -273,8 +275,9 @@ def _bell(row: Row, crop: Crop) -> Tensor:
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples: latent and noise ``[B, 4, h, w]``, timestep and number ``[B]``, size_ids
-    ``[B, 6]``, face ``[B, 512]``, clip ``[B, 257, D]``, and for entangled training context
-    ``[B, 77, C]``, pooled ``[B, P]``; with a face weight face_bell ``[B, 1, h, w]``."""
+    ``[B, 6]``, face ``[B, 512]``, clip ``[B, 257, D]``; for entangled training context
+    ``[B, 77, C]``; for it and for ``objective.pooled = "empty"`` pooled ``[B, P]``; with a face
+    weight face_bell ``[B, 1, h, w]``."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
