@@ -28,7 +28,7 @@ from .loop import LoopOptions, arithmetic, train
 from .pictures import Pictures
 from .text import row_of_ids, tokenize, used_ids
 
-OPTIONS = LoopOptions(steps=1600, rate=1.2e-3, warmup=100, weight_decay=0.01, ema=0.99)
+OPTIONS = LoopOptions(steps=2800, rate=1.2e-3, warmup=100, weight_decay=0.01, ema=0.99)
 FACES_A_STEP = 32
 CAPTIONS_A_STEP = 32
 CAPTIONS_EVERY = 3  # steps; the others teach faces

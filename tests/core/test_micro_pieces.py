@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from microworld import __main__
 from microworld.train import pieces
 
 
@@ -34,6 +35,11 @@ def test_every_piece_comes_after_what_it_needs():
         for index, piece in enumerate(order):
             assert set(pieces.NEEDS[piece]) <= set(order[:index])
     assert pieces.with_needs(["attributes"]) == ["vae", "attributes"]
+
+
+def test_the_command_knows_every_piece_that_is_made():
+    assert {*__main__.PIECES, "base"} == set(pieces.NEEDS)
+    assert set(__main__.ALIASES.values()) <= set(pieces.NEEDS)
 
 
 def test_an_unknown_piece_is_named(tmp_path):
