@@ -1,20 +1,14 @@
-"""Which piece needs which, the call that makes one, and the one that makes all of them."""
+"""Which piece needs which, and the call that makes one."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import face_models
-from . import adapter, export, faces, open_clip, unet, vae
+from . import adapter, export, faces, open_clip, side_by_side, unet, vae
 from .pictures import Pictures, pictures
 from .seen import seen
 
@@ -32,15 +26,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "adapter": ("base",),
     "entangled": ("base",),
 }
-TIMES = "seconds.json"  # what each piece took, interrupted tries included
 
 
-class PieceFailedError(RuntimeError):
-    """A piece's process ended with an error; its log says which."""
-
-
-def train_piece(name: str, folder: Path) -> None:
+def train_piece(name: str, folder: Path, threads: int) -> None:
     """Make one piece, or finish it, from the pieces it needs. `name`: a key of NEEDS."""
+    torch.set_num_threads(threads)
     if name == "vae":
         model, data = vae.run(folder), pictures(folder)
         vae.refine_decoder(folder, model, data, vae.latents(folder, model, data))
@@ -85,87 +75,9 @@ def with_needs(names: Iterable[str]) -> list[str]:
     return [name for name in NEEDS if name in wanted]
 
 
-def train_all(
-    names: Iterable[str],
-    folder: Path,
-    *,
-    jobs: int = 2,
-    threads: int = 2,
-    make: Callable[[str, Path], None] = train_piece,
-) -> None:
-    """Make pieces and what they need, `jobs` side by side, each in a process of its own.
-
-    Each has its share of `threads` and a log, `folder/logs/<piece>.log`; `folder/seconds.json`
-    says what each took. What a killed run had made stays; the next goes on from there. Raises
-    PieceFailedError; what is running beside the failed piece is then ended, not lost.
-    """
-    todo = with_needs(names)
-    done: set[str] = set()
-    running: dict[str, multiprocessing.process.BaseProcess] = {}
-    started: dict[str, float] = {}
-    context = multiprocessing.get_context("spawn")
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with tqdm(total=len(todo), desc="pieces", dynamic_ncols=True) as bar:
-        try:
-            while len(done) < len(todo):
-                for name in todo:
-                    free = len(running) < jobs and name not in done and name not in running
-                    if free and done.issuperset(NEEDS[name]):
-                        share = max(1, threads // jobs)
-                        process = context.Process(target=_child, args=(make, name, folder, share))
-                        process.start()
-                        running[name], started[name] = process, time.monotonic()
-                time.sleep(0.5)
-                bar.set_postfix_str(" | ".join(_last_line(folder, name) for name in running))
-                for name in [n for n, process in running.items() if not process.is_alive()]:
-                    code = running.pop(name).exitcode
-                    _add_seconds(folder, name, time.monotonic() - started[name])
-                    if code:
-                        raise PieceFailedError(
-                            f"{name} ended with status {code}; {_log(folder, name)} says why. The "
-                            "same command goes on from what is made."
-                        )
-                    done.add(name)
-                    bar.update()
-        finally:
-            for name, process in running.items():
-                process.terminate()
-                process.join()
-                _add_seconds(folder, name, time.monotonic() - started[name])
-    print(f"{len(todo)} pieces, {(time.monotonic() - began) / 60:.0f} minutes; {folder / TIMES}")
-
-
-def _child(make: Callable[[str, Path], None], name: str, folder: Path, threads: int) -> None:
-    """One piece, in its own process, all that it says in its log."""
-    log = os.open(_log(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(threads)
-    make(name, folder)
-
-
-def _log(folder: Path, name: str) -> Path:
-    return folder / "logs" / f"{name}.log"
-
-
-def _last_line(folder: Path, name: str) -> str:
-    """The end of a piece's log, where its progress bar is."""
-    with contextlib.suppress(OSError):
-        text = _log(folder, name).read_bytes()[-400:].decode(errors="replace")
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-        if lines:
-            return lines[-1][:60]
-    return name
-
-
-def _add_seconds(folder: Path, name: str, seconds: float) -> None:
-    path = folder / TIMES
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known[name] = round(known.get(name, 0.0) + seconds, 1)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    part.replace(path)
+def train_all(names: Iterable[str], folder: Path, *, jobs: int = 2, threads: int = 2) -> None:
+    """Make pieces and what they need, side by side; see `side_by_side.run`."""
+    side_by_side.run(with_needs(names), NEEDS, train_piece, folder, jobs=jobs, threads=threads)
 
 
 def _seen(folder: Path) -> Pictures:
