@@ -14,7 +14,6 @@ from pathlib import Path
 from .. import files
 from ..people import write_people
 from ..portraits import STYLES
-from .loop import arithmetic
 
 PEOPLE, PHOTOS = 1600, 4
 CONFIG = Path(__file__).resolve().parents[2] / "trainer" / "configs" / "microworld.toml"
@@ -48,13 +47,8 @@ def run(folder: Path, name: str, options: Sequence[str] = ()) -> Path:
     finished = output / "adapter.safetensors"
     if not finished.exists():
         where = ("--set", f"run.output={output}", "--set", f"data.folder={folder / DATA}")
-        _trainer("train", "--config", str(CONFIG), *where, *_precision(), *options)
+        _trainer("train", "--config", str(CONFIG), *where, *options)
     return finished
-
-
-def _precision() -> Sequence[str]:
-    """bfloat16 where the processor multiplies it, as in the other trainings."""
-    return ("--set", "optimiser.precision=bf16") if arithmetic()._enabled else ()
 
 
 def export(folder: Path) -> Path:
