@@ -80,6 +80,8 @@ OPEN = (
     Row(name="no identity in the negative pass", negative={"identity": "none"}),
     Row(name="no mixing in the negative pass", negative={"mixing": False}),
     Row(name="identity training, one stream", streams={"mixing": "off", "style": "off"}),
+    # The merge alone already keeps every style: only without it can AdaIN-mean show what it does.
+    Row(name="without merge, AdaIN-mean off", streams={"merge_text": False, "style": "off"}),
 )
 _SWEPT = 6  # people of a sweep's row
 
