@@ -13,6 +13,12 @@ from microworld.train import pieces, side_by_side
 from . import pieces_world
 
 
+@pytest.fixture(autouse=True)
+def children_find_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host, too, has a package of the name `tests`, and may stand first in their path."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+
+
 def run(names: list[str], make: side_by_side.Make, folder: Path) -> None:
     side_by_side.run(pieces.with_needs(names), pieces.NEEDS, make, folder, jobs=2, threads=6)
 

@@ -42,7 +42,7 @@ def test_the_papers_values_are_the_defaults() -> None:
 def test_an_unknown_key_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownKeyError, match=r"x.toml: 'learning_rate'.*Did you mean 'rate'\?"):
         parse(optimiser={"learning_rate": 1e-4})
-    with pytest.raises(UnknownKeyError, match="Known: mode, drop_identity"):
+    with pytest.raises(UnknownKeyError, match="Known: mode, pooled, drop_identity"):
         parse(objective={"xyz": 1})
     with pytest.raises(UnknownKeyError, match=r"'acumulation' is no key of \[optimiser\].*'accum"):
         parse(optimiser={"acumulation": 2})
