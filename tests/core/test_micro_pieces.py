@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from microworld import __main__
 from microworld.train import pieces, side_by_side
 
-from . import pieces_world
 
-
-@pytest.fixture(autouse=True)
-def children_find_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host, too, has a package of the name `tests`, and may stand first in their path."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """pieces_world by a name that children can import: the host, too, has a package `tests`."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent))
+    return importlib.import_module("pieces_world")
 
 
 def run(names: list[str], make: side_by_side.Make, folder: Path) -> None:
@@ -47,16 +48,16 @@ def test_an_unknown_piece_is_named(tmp_path):
         pieces.train_piece("magic", tmp_path, 1)
 
 
-def test_a_failed_piece_is_named_and_the_next_call_goes_on(tmp_path):
+def test_a_failed_piece_is_named_and_the_next_call_goes_on(world, tmp_path):
     (tmp_path / "broken").write_text("recogniser")
     with pytest.raises(
         side_by_side.PieceFailedError, match=r"recogniser ended with status 1; .*log"
     ):
-        run(["scorer"], pieces_world.make, tmp_path)
+        run(["scorer"], world.make, tmp_path)
     assert "no recogniser today" in (tmp_path / "logs" / "recogniser.log").read_text()
     assert "scorer" not in made(tmp_path)
     (tmp_path / "broken").unlink()
-    run(["scorer"], pieces_world.make, tmp_path)
+    run(["scorer"], world.make, tmp_path)
     found = made(tmp_path)
     assert set(found) == {"vae", "detector", "recogniser", "scorer"}
     for name in ("recogniser", "scorer"):
@@ -67,7 +68,7 @@ def test_a_failed_piece_is_named_and_the_next_call_goes_on(tmp_path):
     assert json.loads((tmp_path / "vae.made").read_text())[0] == 3  # of six threads
 
 
-def test_jobs_run_side_by_side(tmp_path):
+def test_jobs_run_side_by_side(world, tmp_path):
     """Both begin before either has ended: each waits for the other's sign."""
-    run(["vae", "detector"], pieces_world.meet, tmp_path)
+    run(["vae", "detector"], world.meet, tmp_path)
     assert (tmp_path / "vae.here").exists() and (tmp_path / "detector.here").exists()
