@@ -128,8 +128,8 @@ def prompts_of(person: int) -> list[Attributes]:
     found: list[Attributes] = []
     for style in range(len(STYLES)):
         while sum(a.style == style for a in found) < PROMPTS // len(STYLES):
-            drawn = Attributes.sample(rng, held_out=True)
-            if drawn.style == style and drawn not in found:
+            drawn = Attributes.sample(rng, held_out=True, style=style)
+            if drawn not in found:
                 found.append(drawn)
     return found
 
