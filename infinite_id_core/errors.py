@@ -116,6 +116,10 @@ class ModelMismatchError(MismatchError):
     """The adapter was made for a UNet of another shape."""
 
 
+class FeatureError(InfiniteIDError, ValueError):
+    """An identity's features give numbers that are not finite."""
+
+
 class NotSDXLError(MismatchError):
     """The model is not an SDXL-shaped UNet."""
 

@@ -37,7 +37,8 @@ class IdentityPlacement:
     start_percent: float = 0.0
     end_percent: float = 1.0
     mask: Tensor | None = None
-    """``[1 or b, H, W]`` in [0, 1], in picture space; None is everywhere."""
+    """``[1 or b, H, W]`` in [0, 1], in picture space; None is everywhere. Other layouts that
+    packs hand around are brought into this one."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= MAX_STRENGTH:
@@ -47,8 +48,40 @@ class IdentityPlacement:
                 "start_percent and end_percent must satisfy 0 <= start <= end <= 1, got "
                 f"{self.start_percent} and {self.end_percent}."
             )
-        if self.mask is not None and (self.mask.ndim != 3 or 0 in self.mask.shape):
-            raise OptionError(f"A mask must be [batch, H, W], got {list(self.mask.shape)}.")
+        if self.mask is not None:
+            object.__setattr__(self, "mask", picture_mask(self.mask))
+
+
+def picture_mask(mask: Tensor) -> Tensor:
+    """A mask as ``[batch, H, W]`` in [0, 1], float32.
+
+    Takes ``[H, W]``, ``[batch, H, W]``, ``[batch, 1, H, W]`` and ``[batch, H, W, 1]`` of any
+    number type. Raises ``OptionError`` where it is of another shape, not finite, or zero
+    everywhere, which would leave the person out without a word.
+    """
+    shape = list(mask.shape)
+    if mask.ndim == 2:
+        mask = mask[None]
+    elif mask.ndim == 4 and shape[1] == 1:
+        mask = mask[:, 0]
+    elif mask.ndim == 4 and shape[3] == 1:
+        mask = mask[..., 0]
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise OptionError(
+            f"A mask must be [batch, height, width], got {shape}. Connect a MASK, or turn a "
+            "picture into one with Convert Image to Mask."
+        )
+    mask = mask.float()
+    if not bool(mask.isfinite().all()):
+        raise OptionError("The mask holds values that are not numbers (NaN or infinity).")
+    if not bool((mask > 0).any()):
+        raise OptionError(
+            f"The mask {shape} is zero everywhere, so this person would be nowhere in the "
+            "picture. Load Image gives such a mask for a picture without transparency: paint a "
+            "mask, or connect none to have the person everywhere. To leave the person out, set "
+            "strength to 0."
+        )
+    return mask.clamp(0.0, 1.0)
 
 
 def twice(x: Tensor) -> Tensor:
