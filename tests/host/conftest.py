@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -89,3 +90,61 @@ def pack(comfy_base: Path) -> Iterator[ModuleType]:
     name = str(folder).replace(".", "_x_")
     importlib.import_module(f"{name}.infinite_id_core.host_comfyui")  # nodes import it late
     yield sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def host(pack: Any) -> Any:
+    return pack.infinite_id_core.host_comfyui
+
+
+@pytest.fixture(scope="module")
+def errors(pack: Any) -> Any:
+    return pack.infinite_id_core.errors
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from .tiny_sdxl import tiny_model  # not before ComfyUI's arguments are in place
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def adapter(pack: Any, model: Any) -> Any:
+    from .tiny_sdxl import tiny_adapter
+
+    return tiny_adapter(pack, model)
+
+
+@pytest.fixture(scope="module")
+def identity(pack: Any) -> Any:
+    from .tiny_sdxl import tiny_identity
+
+    return tiny_identity(pack)
+
+
+@pytest.fixture(scope="module")
+def patched(host: Any, model: Any, adapter: Any, identity: Any) -> Any:
+    return host.apply_identity(model, adapter, identity)
+
+
+@pytest.fixture(scope="module")
+def silent(pack: Any, host: Any, model: Any, identity: Any) -> Any:
+    """Applies a patch whose every term is zero: a run of it must equal the unpatched run."""
+    from .tiny_sdxl import tiny_adapter
+
+    adapter = tiny_adapter(pack, model)
+    for path in adapter.adapter.widths:
+        adapter.adapter.key_value(path).to_v.weight.zero_()
+    options = pack.infinite_id_core.attention.StreamOptions
+
+    def apply(model: Any, text_stream: str = "own", **kwargs: Any) -> Any:
+        return host.apply_identity(
+            model,
+            adapter,
+            identity,
+            options=options(mixing="off", style="off", text_stream=text_stream),
+            **kwargs,
+        )
+
+    return apply

@@ -22,6 +22,7 @@ import torch
 
 import nodes as host_nodes
 
+from .runs import SIZE, both_ways, error, run
 from .tiny_sdxl import (
     UNET_CONFIG,
     conditioning,
@@ -31,94 +32,6 @@ from .tiny_sdxl import (
     tiny_identity,
     tiny_model,
 )
-
-SIZE = 8
-
-
-@pytest.fixture(scope="module")
-def host(pack: Any) -> Any:
-    return pack.infinite_id_core.host_comfyui
-
-
-@pytest.fixture(scope="module")
-def errors(pack: Any) -> Any:
-    return pack.infinite_id_core.errors
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter(pack: Any, model: Any) -> Any:
-    return tiny_adapter(pack, model)
-
-
-@pytest.fixture(scope="module")
-def identity(pack: Any) -> Any:
-    return tiny_identity(pack)
-
-
-@pytest.fixture(scope="module")
-def patched(host: Any, model: Any, adapter: Any, identity: Any) -> Any:
-    return host.apply_identity(model, adapter, identity)
-
-
-@pytest.fixture(scope="module")
-def silent(pack: Any, host: Any, model: Any, identity: Any) -> Any:
-    """Applies a patch whose every term is zero: a run of it must equal the unpatched run."""
-    adapter = tiny_adapter(pack, model)
-    for path in adapter.adapter.widths:
-        adapter.adapter.key_value(path).to_v.weight.zero_()
-    options = pack.infinite_id_core.attention.StreamOptions
-
-    def apply(model: Any, text_stream: str = "own", **kwargs: Any) -> Any:
-        return host.apply_identity(
-            model,
-            adapter,
-            identity,
-            options=options(mixing="off", style="off", text_stream=text_stream),
-            **kwargs,
-        )
-
-    return apply
-
-
-def run(
-    model: Any,
-    sampler: str = "euler",
-    *,
-    noise: torch.Tensor | None = None,
-    rows: int = 2,
-    steps: int = 3,
-    cfg: float = 4.0,
-    positive: Any = None,
-    negative: Any = None,
-    latent_image: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    noise = latent(rows, SIZE) if noise is None else noise
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            "normal",
-            positive or conditioning(1),
-            negative or conditioning(2),
-            torch.zeros_like(noise) if latent_image is None else latent_image,
-            seed=11,
-            disable_pbar=True,
-            **kwargs,
-        )
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
-
 
 # --- 1. batches and calls --------------------------------------------------------------------
 
@@ -333,15 +246,6 @@ def test_text_rows_run_only_while_they_are_needed(
 
 
 # --- 3. other pieces of a graph --------------------------------------------------------------
-
-
-def both_ways(silent: Any, patched: Any, model: Any, **kwargs: Any) -> None:
-    """Unpatched equals silently patched, in both stream modes; the real patch changes it."""
-    plain = run(model, **kwargs)
-    for stream in ("own", "shared"):
-        assert error(run(silent(model, stream), **kwargs), plain) < 1e-5
-    loud = run(patched, **kwargs)
-    assert loud.isfinite().all() and error(loud, plain) > 1e-3
 
 
 def test_controlnet(silent: Any, patched: Any, model: Any) -> None:
