@@ -127,6 +127,32 @@ def test_split_on_either_side_of_apply(
 
 
 @pytest.mark.parametrize("before", [True, False])
+def test_each_device_runs_its_own_module_once_a_run(
+    host: Any, model: Any, adapter: Any, identity: Any, before: bool
+) -> None:
+    """Modules are not shared between threads, nor is what they computed."""
+    if before:
+        several = host.apply_identity(split(model), adapter, identity)
+        several.match_multigpu_clones()
+    else:
+        several = split(host.apply_identity(model, adapter, identity))
+    (clone,) = copies(several)
+    path = next(iter(adapter.adapter.widths))
+    runs: list[tuple[str, int]] = []
+    hooks = [
+        module.key_value(path).register_forward_hook(
+            lambda *_, name=name: runs.append((name, threading.get_ident()))
+        )
+        for name, module in (("first", adapter.adapter), ("second", adapter.carried_by(clone)))
+    ]
+    run(several)
+    for hook in hooks:
+        hook.remove()
+    assert sorted(name for name, _ in runs) == ["first", "second"]
+    assert len({thread for _, thread in runs}) == 2
+
+
+@pytest.mark.parametrize("before", [True, False])
 def test_each_device_has_a_module_of_its_own_over_the_same_weights(
     host: Any, model: Any, adapter: Any, identity: Any, before: bool
 ) -> None:
