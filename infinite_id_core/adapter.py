@@ -123,7 +123,8 @@ class Adapter(nn.Module):
     @property
     def widths(self) -> dict[str, int]:
         """K/V width by canonical layer path."""
-        return {path: int(pair.to_k.weight.shape[0]) for path, pair in self._by_path.items()}
+        # Not the weight's shape: a host's layer may have no weight before a file is loaded.
+        return {path: int(pair.to_k.out_features) for path, pair in self._by_path.items()}
 
     def key_value(self, path: str) -> KeyValue:
         """The K/V pair of one layer."""

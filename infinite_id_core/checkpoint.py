@@ -108,7 +108,8 @@ def build_adapter(
 ) -> Adapter:
     """An ``Adapter`` that holds ``tensors`` themselves (no copy), built without allocating."""
     with torch.device("meta"):
-        adapter = Adapter(config, _widths(tensors), operations)
+        # Frozen first: a tensor made in inference mode cannot become a trainable parameter.
+        adapter = Adapter(config, _widths(tensors), operations).requires_grad_(False)
     adapter.load_state_dict(dict(tensors), assign=True)
     return adapter.requires_grad_(False)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from .adapter import Adapter
 from .attention import IdentityTerm, Kernel, merged_cross_attention, mixed_attention
 from .comfyui_others import (
     Options,
@@ -180,9 +181,9 @@ class Run:
         self.known_functions: frozenset[int] = frozenset()
         self._step: _Step | None = None
         self._record: Record | None = None
-        self._tokens: dict[tuple[int, bool, torch.device], Tensor] = {}
+        self._tokens: dict[tuple[Adapter, int, bool, torch.device], Tensor] = {}
         self._key_values: dict[
-            tuple[int, bool, str, torch.device, torch.dtype], tuple[Tensor, Tensor]
+            tuple[Adapter, int, bool, str, torch.device, torch.dtype], tuple[Tensor, Tensor]
         ] = {}
         self._masks: dict[Any, Tensor] = {}
         self._patches: dict[Any, Others] = {}
@@ -523,7 +524,7 @@ class Run:
         terms = []
         for index in call.active:
             applied = self.streams.applied[index]
-            key, value = self.key_value(index, path, null, q)
+            key, value = self.key_value(index, path, null, q, extra)
             rows = (q.shape[0], -1, -1)
             weights = None if null else applied.adapter.adapter.token_weight(applied.identity)
             terms.append(
@@ -539,24 +540,28 @@ class Run:
 
     # --- caches ---
 
-    def key_value(self, index: int, path: str, null: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-        """K'_id, V'_id ``[1, M, width]`` of one layer, projected once per run and device."""
-        key = (index, null, path, like.device, like.dtype)
+    def key_value(
+        self, index: int, path: str, null: bool, like: Tensor, extra: Options
+    ) -> tuple[Tensor, Tensor]:
+        """K'_id, V'_id ``[1, M, width]`` of one layer, projected once per run and adapter module.
+
+        On several GPUs each has a module of its own and a thread that calls at the same time.
+        """
+        adapter = self.streams.applied[index].adapter.in_call(self.guider, extra)
+        key = (adapter, index, null, path, like.device, like.dtype)
         if key not in self._key_values:
-            pair = self.streams.applied[index].adapter.adapter.key_value(path)
-            k, v = pair(self.tokens(index, null, like.device))
+            k, v = adapter.key_value(path)(self.tokens(adapter, index, null, like.device))
             self._key_values[key] = (k.to(like.dtype), v.to(like.dtype))
         return self._key_values[key]
 
-    def tokens(self, index: int, null: bool, device: torch.device) -> Tensor:
+    def tokens(self, adapter: Adapter, index: int, null: bool, device: torch.device) -> Tensor:
         """c_id ``[1, M, C]`` float32 (Eq. 4). Raises ``FeatureError`` where it is not finite."""
-        key = (index, null, device)
+        key = (adapter, index, null, device)
         if key not in self._tokens:
-            applied = self.streams.applied[index]
-            identity = applied.identity
+            identity = self.streams.applied[index].identity
             face, clip = null_features(identity) if null else (identity.face, identity.clip)
             to_device = partial(torch.Tensor.to, device=device, dtype=torch.float32)
-            tokens = applied.adapter.adapter.tokens(to_device(face), to_device(clip))
+            tokens = adapter.tokens(to_device(face), to_device(clip))
             if not bool(tokens.isfinite().all()):
                 raise FeatureError(
                     "The adapter's mappers made numbers that are not finite out of this identity: "

@@ -132,6 +132,10 @@ class PatchConflictError(MismatchError):
     """Another node pack replaced the same attention in a way that cannot be composed."""
 
 
+class AdapterNotCarriedError(MismatchError):
+    """A copy of the model, on another GPU, came without its copy of the adapter."""
+
+
 # --- faces and encoders ----------------------------------------------------------------------
 
 

@@ -7,10 +7,11 @@ ComfyUI is imported inside the functions: this module costs nothing until a mode
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP, VAE
 
 SDXL_LATENT_SCALE = 0.13025  # as ComfyUI's loader of TAESD for SDXL: latents are TAESD's own
+
+# Builders below end in a patcher with `cached_patcher_init`: how ComfyUI makes the model anew, for
+# another GPU or without dynamic VRAM. It calls them by position, or with `disable_dynamic=True`.
 
 
 def load_unet(seed: int = 0) -> ModelPatcher:
@@ -40,12 +44,24 @@ def load_clip(seed: int = 0) -> CLIP:
 @lru_cache(maxsize=2)
 def load_vae(seed: int = 0) -> VAE:
     """The tiny autoencoder, as `VAELoader` would give TAESD; one object per process."""
-    import comfy.sd
+    return _built_vae(seed)
 
-    state = _weights(files.VAE, _vae_reference(), random_weights.vae_state_dict, seed)
-    state["vae_scale"] = torch.tensor(SDXL_LATENT_SCALE)
-    state["vae_shift"] = torch.tensor(0.0)
-    return comfy.sd.VAE(sd=state)
+
+def plain_layers() -> Any:
+    """ComfyUI's `operations` with torch's own layers, which have their weights from the start.
+
+    Its Linear and Embedding have none until a file is loaded where dynamic VRAM is on, so a model
+    made of them has no names and shapes to hold a file against. For models on the meta device.
+    """
+    import comfy.ops
+
+    base = comfy.ops.disable_weight_init
+    layers = {
+        name: getattr(torch.nn, name)
+        for name, layer in vars(base).items()
+        if isinstance(layer, type) and hasattr(torch.nn, name)
+    }
+    return type("PlainLayers", (base,), layers)
 
 
 def _weights(
@@ -59,10 +75,18 @@ def _weights(
     return state
 
 
+def _as(state: files.Weights, dtype: torch.dtype) -> files.Weights:
+    """In the model's own type, which a layer made without weights would not convert to."""
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
 @lru_cache(maxsize=2)
 def _unet(seed: int) -> ModelPatcher:
-    import comfy.model_patcher
-    from comfy import model_management, supported_models
+    return _built_unet(seed)
+
+
+def _built_unet(seed: int, disable_dynamic: bool = False) -> ModelPatcher:
+    from comfy import model_management, model_patcher, supported_models
 
     class MicroSDXL(supported_models.SDXL):
         unet_config = UNET
@@ -81,27 +105,61 @@ def _unet(seed: int) -> ModelPatcher:
         dtype, model_management.unet_manual_cast(dtype, load_device, supported)
     )
     model = config.get_model(state, "").to(offload_device)
-    model.load_model_weights(dict(state), "")
-    return comfy.model_patcher.ModelPatcher(
-        model, load_device=load_device, offload_device=offload_device
-    )
+    model.load_model_weights(_as(state, dtype), "")
+    plain = model_patcher.ModelPatcher
+    kind = plain if disable_dynamic else getattr(model_patcher, "CoreModelPatcher", plain)
+    patcher: ModelPatcher = kind(model, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (_built_unet, (seed,))
+    return patcher
 
 
 @lru_cache(maxsize=2)
 def _clip(seed: int) -> CLIP:
+    return _built_clip(seed)
+
+
+def _built_clip(seed: int, **options: Any) -> CLIP:
+    """`options` go to ComfyUI's CLIP, whose newer releases know `disable_dynamic`."""
     import comfy.sd
     import folder_paths
-    from comfy import sdxl_clip, supported_models_base
+    from comfy import model_management, sdxl_clip, supported_models_base
 
     state = _weights(files.TEXT_ENCODERS, _text_reference(), random_weights.text_state_dict, seed)
+    state = _as(state, model_management.text_encoder_dtype(model_management.text_encoder_device()))
+    # Newer releases may load the model where they make it, so the weights have to be there.
+    at_once = "state_dict" in inspect.signature(comfy.sd.CLIP).parameters
     clip = comfy.sd.CLIP(
         supported_models_base.ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=sum(tensor.numel() for tensor in state.values()),
         model_options=_text_options(),
+        **({"state_dict": state} if at_once else {}),
+        **options,
     )
-    clip.load_sd(state, full_model=True)
+    if not at_once:
+        clip.load_sd(state, full_model=True)
+    clip.patcher.cached_patcher_init = (_clip_patcher, (seed,))
     return clip
+
+
+def _clip_patcher(seed: int, **options: Any) -> ModelPatcher:
+    return _built_clip(seed, **options).patcher
+
+
+def _built_vae(seed: int) -> VAE:
+    import comfy.sd
+
+    state = _weights(files.VAE, _vae_reference(), random_weights.vae_state_dict, seed)
+    state["vae_scale"] = torch.tensor(SDXL_LATENT_SCALE)
+    state["vae_shift"] = torch.tensor(0.0)
+    vae = comfy.sd.VAE(sd=state)
+    vae.patcher.cached_patcher_init = (_vae_patcher, (seed,))
+    return vae
+
+
+def _vae_patcher(seed: int, disable_dynamic: bool = False) -> ModelPatcher:
+    # ComfyUI's VAE has no choice of patcher, and takes only the model out of this one.
+    return _built_vae(seed).patcher
 
 
 def _text_options() -> dict[str, object]:
@@ -110,18 +168,24 @@ def _text_options() -> dict[str, object]:
 
 
 def _unet_reference() -> Mapping[str, torch.Tensor]:
-    import comfy.ops
+    return unet_reference(UNET)
+
+
+def unet_reference(config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Names and shapes of a UNet's weights, as tensors on the meta device."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    model = UNetModel(**UNET, num_heads=-1, device="meta", operations=comfy.ops.disable_weight_init)
-    return model.state_dict()
+    options = {"num_heads": -1, **config, "device": "meta", "operations": plain_layers()}
+    return UNetModel(**options).state_dict()
 
 
 def _text_reference() -> Mapping[str, torch.Tensor]:
     from comfy import sdxl_clip
 
     model = sdxl_clip.SDXLClipModel(
-        device="meta", dtype=torch.float32, model_options=_text_options()
+        device="meta",
+        dtype=torch.float32,
+        model_options={**_text_options(), "custom_operations": plain_layers()},
     )
     # The logit scales belong to contrastive training; no node reads them.
     return {

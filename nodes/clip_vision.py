@@ -27,7 +27,12 @@ def load_embedded() -> OpenClipVision:
 
 
 def managed(encoder: OpenClipVision) -> OpenClipVision:
-    """Hand the encoder's weights to ComfyUI: it loads, counts and unloads them."""
+    """Hand the encoder's weights to ComfyUI: it loads, counts and unloads them.
+
+    Its layers are torch's own, which cannot take a weight from another device for one call. So
+    they are loaded whole or not at all, and by the plain patcher: dynamic VRAM's would leave what
+    attention layers hold themselves (a quarter of the encoder) on the GPU for good.
+    """
     load_device = comfy.model_management.text_encoder_device()
     offload_device = comfy.model_management.text_encoder_offload_device()
     patcher: Any = comfy.model_patcher.ModelPatcher(
@@ -35,7 +40,7 @@ def managed(encoder: OpenClipVision) -> OpenClipVision:
     )
 
     def place() -> torch.device:
-        comfy.model_management.load_model_gpu(patcher)
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
         return patcher.load_device
 
     encoder.place = place

@@ -86,17 +86,17 @@ def embedded_adapter() -> LoadedAdapter:
     import comfy.ops
 
     from ..infinite_id_core.adapter import Adapter, AdapterConfig
+    from ..infinite_id_core.checkpoint import build_adapter
     from ..infinite_id_core.host_comfyui import LoadedAdapter, load_adapter, model_layers
 
     if files.ADAPTER.is_file():
         return load_adapter(files.ADAPTER)
-    adapter = Adapter(
-        AdapterConfig(**random_weights.adapter_config()),
-        {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())},
-        comfy.ops.manual_cast,
-    )
-    adapter.load_state_dict(random_weights.seeded_state_dict(adapter.state_dict(), seed=0))
-    return LoadedAdapter(adapter.requires_grad_(False))
+    config = AdapterConfig(**random_weights.adapter_config())
+    widths = {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())}
+    with torch.device("meta"):
+        shapes = Adapter(config, widths).state_dict()
+    tensors = random_weights.seeded_state_dict(shapes, seed=0)
+    return LoadedAdapter(build_adapter(config, tensors, comfy.ops.manual_cast))
 
 
 NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel, InfiniteIDMicroPortrait]

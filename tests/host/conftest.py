@@ -20,6 +20,7 @@ import pytest
 from tools.comfy_live import PACK_FOLDER, copy_pack
 
 ROOT = Path(__file__).resolve().parents[2]
+DYNAMIC_VRAM = "INFINITE_ID_DYNAMIC_VRAM"  # environment: 1 runs all tests here in that state
 
 
 def _enter_host(host: Path) -> Path:
@@ -43,14 +44,42 @@ def _enter_host(host: Path) -> Path:
         importlib.import_module("folder_paths")
         # Before nodes.py puts the folder comfy, with its utils.py, on sys.path.
         importlib.import_module("utils.extra_config")
+        if os.environ.get(DYNAMIC_VRAM) == "1":
+            _turn_on_dynamic_vram()
     finally:
         sys.argv = argv
     return base
 
 
+def _turn_on_dynamic_vram() -> None:
+    """The state of the host on an NVIDIA card, as its main.py sets it, before anything is built.
+
+    Layers are then made without weights and filled when a file is loaded. The patchers that move
+    the weights need a card; the host itself takes plain ones for the CPU.
+    """
+    try:
+        memory = importlib.import_module("comfy.memory_management")
+        patchers = importlib.import_module("comfy.model_patcher")
+        dynamic = patchers.ModelPatcherDynamic
+    except (ImportError, AttributeError) as error:
+        raise pytest.UsageError(
+            f"{DYNAMIC_VRAM}=1, and this ComfyUI has no dynamic VRAM ({error}). Set COMFYUI_PATH "
+            f"to a newer one, or unset {DYNAMIC_VRAM}."
+        ) from error
+    patchers.CoreModelPatcher = dynamic
+    memory.aimdo_enabled = True
+
+
 # Where there is no host, tests/conftest.py has replaced every test here by a skip.
 _HOST = os.environ.get("COMFYUI_PATH")
 _BASE = _enter_host(Path(_HOST)) if _HOST else None
+
+# About what the oldest hosts do not have.
+_SINCE = {
+    "test_multigpu.py": "comfy_extras/nodes_multigpu.py",
+    "test_dynamic_vram.py": "comfy/memory_management.py",
+}
+collect_ignore = [n for n, since in _SINCE.items() if _HOST and not Path(_HOST, since).is_file()]
 
 
 @pytest.fixture(scope="session")

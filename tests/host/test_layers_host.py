@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
-import comfy.ops
 import comfy.sample
 import pytest
 import torch
+
+from microworld.comfy_models import unet_reference
 
 from ..core.test_layers import table
 from .tiny_sdxl import UNET_CONFIG, conditioning, latent, tiny_model
@@ -52,10 +52,7 @@ SHAPES = {
 
 def comfy_shapes(depths: Depths) -> dict[str, torch.Size]:
     config = {**UNET_CONFIG, "model_channels": 320, "context_dim": 2048, **depths}
-    unet = openaimodel.UNetModel(
-        **{**config, "device": "meta", "operations": comfy.ops.disable_weight_init}
-    )
-    return {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    return {name: tensor.shape for name, tensor in unet_reference(config).items()}
 
 
 def diffusers_shapes(depths: Depths) -> dict[str, torch.Size]:

@@ -16,6 +16,7 @@ from infinite_id_core.adapter import Adapter, AdapterConfig
 from infinite_id_core.attention import StreamOptions
 from infinite_id_core.identity import Identity, IdentityConfig
 from infinite_id_core.schedule import NoiseSchedule
+from microworld.comfy_models import unet_reference
 from trainer.unet import ldm_names, unet_config
 
 from . import tiny_sdxl
@@ -84,39 +85,33 @@ FULL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", sorted(FULL))
 def test_full_size_unets_are_read_off_their_shapes(kind: str) -> None:
     """Names and shapes of published SDXL kinds, without any weights."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from diffusers import UNet2DConditionModel
 
     options = FULL[kind]
-    module = UNetModel(
-        image_size=32,
-        in_channels=4,
-        out_channels=4,
-        model_channels=320,
-        channel_mult=[1, 2, 4],
-        num_res_blocks=options["blocks"],
-        transformer_depth=list(options["down"]),
-        transformer_depth_middle=options["middle"],
-        transformer_depth_output=list(options["up"]),
-        context_dim=2048,
-        adm_in_channels=2816,
-        num_heads=-1,
-        num_head_channels=64,
-        num_classes="sequential",
-        use_linear_in_transformer=True,
-        use_spatial_transformer=True,
-        use_temporal_attention=False,
-        use_temporal_resblock=False,
-        use_checkpoint=False,
-        legacy=False,
-        device="meta",
-        operations=comfy.ops.disable_weight_init,
-    )
-    shapes = {name: t.shape for name, t in module.state_dict().items()}
-    config = unet_config(shapes)
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "channel_mult": [1, 2, 4],
+        "num_res_blocks": options["blocks"],
+        "transformer_depth": list(options["down"]),
+        "transformer_depth_middle": options["middle"],
+        "transformer_depth_output": list(options["up"]),
+        "context_dim": 2048,
+        "adm_in_channels": 2816,
+        "num_head_channels": 64,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+        "use_spatial_transformer": True,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+    shapes = {name: t.shape for name, t in unet_reference(config).items()}
     with torch.device("meta"):
-        wanted = UNet2DConditionModel(**config)
+        wanted = UNet2DConditionModel(**unet_config(shapes))
     names = ldm_names(wanted)
     assert {names[n]: tuple(s) for n, s in shapes.items()} == {
         n: tuple(t.shape) for n, t in wanted.state_dict().items()

@@ -21,13 +21,14 @@ import pytest
 import torch
 
 import nodes as host_nodes
+from microworld.comfy_models import plain_layers
 
 from .runs import SIZE, both_ways, error, run
 from .tiny_sdxl import (
     UNET_CONFIG,
     conditioning,
-    fill,
     latent,
+    random_weights,
     tiny_adapter,
     tiny_identity,
     tiny_model,
@@ -254,10 +255,10 @@ def test_controlnet(silent: Any, patched: Any, model: Any) -> None:
         for k, v in UNET_CONFIG.items()
         if k not in ("out_channels", "transformer_depth_output")
     }
-    net = comfy.cldm.cldm.ControlNet(
-        hint_channels=3, operations=comfy.ops.disable_weight_init, **config
-    )
-    fill(net, 21)
+    made = {"hint_channels": 3, **config}
+    twin = comfy.cldm.cldm.ControlNet(**made, device="meta", operations=plain_layers())
+    net = comfy.cldm.cldm.ControlNet(**made, operations=comfy.ops.disable_weight_init)
+    net.load_state_dict(random_weights(twin.state_dict(), 21))
     control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
     apply = host_nodes.ControlNetApplyAdvanced().apply_controlnet
     hint = torch.rand(2, SIZE * 8, SIZE * 8, 3, generator=torch.Generator().manual_seed(1))

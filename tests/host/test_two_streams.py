@@ -14,9 +14,9 @@ from .reference import TwoPass, sample
 from .tiny_sdxl import (
     CLIP_WIDTH,
     conditioning,
-    fill,
     model_config,
     tiny_adapter,
+    tiny_base,
     tiny_identity,
     tiny_model,
 )
@@ -36,8 +36,8 @@ class World:
         self.adapter = tiny_adapter(pack, self.model)
         self.identity = tiny_identity(pack)
         self.positive, self.negative = conditioning(1), conditioning(2)
-        self.double = model_config(torch.float64).get_model({}, "").diffusion_model.double()
-        fill(self.double, 0)
+        double = torch.float64
+        self.double = tiny_base(model_config(double), dtype=double).diffusion_model.double()
         self.noise = comfy.sample.prepare_noise(torch.zeros(ROWS, 4, SIZE, SIZE), SEED)
 
     def comfy(

@@ -6,12 +6,15 @@ Weights are random everywhere (ldm starts its output layers at zero, which would
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+
+from microworld import comfy_models
 
 CONTEXT = 48
 POOLED = 32
@@ -39,18 +42,24 @@ UNET_CONFIG: dict[str, Any] = {
 }
 
 
-def fill(module: torch.nn.Module, seed: int, gain: float = 0.6) -> None:
-    """Random weights of a size that keeps activations near one."""
+def random_weights(
+    shapes: Mapping[str, torch.Tensor],
+    seed: int,
+    gain: float = 0.6,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """Weights of a size that keeps activations near one; ``shapes`` may be on the meta device."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            if parameter.ndim == 1:
-                scale = 0.05
-                base = 1.0 if name.endswith("weight") else 0.0
-            else:
-                scale, base = gain / math.sqrt(parameter[0].numel()), 0.0
-            parameter.copy_((base + scale * noise).to(parameter.dtype))
+    weights = {}
+    for name, like in shapes.items():
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        if like.ndim == 1:
+            scale = 0.05
+            base = 1.0 if name.endswith("weight") else 0.0
+        else:
+            scale, base = gain / math.sqrt(like[0].numel()), 0.0
+        weights[name] = (base + scale * noise).to(dtype)
+    return weights
 
 
 def model_config(
@@ -62,15 +71,26 @@ def model_config(
     return config
 
 
+def tiny_base(
+    config: Any, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """ComfyUI's model object with random weights, loaded as a file's are.
+
+    So it is the same where the host makes layers without weights (dynamic VRAM).
+    """
+    model = config.get_model({}, "")
+    shapes = comfy_models.unet_reference({**UNET_CONFIG, **changes})
+    model.diffusion_model.load_state_dict(random_weights(shapes, seed, dtype=dtype))
+    return model
+
+
 def tiny_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     cast_to: torch.dtype | None = None,
     **changes: Any,
 ) -> comfy.model_patcher.ModelPatcher:
-    config = model_config(dtype, cast_to, **changes)
-    model = config.get_model({}, "")
-    fill(model.diffusion_model, seed)
+    model = tiny_base(model_config(dtype, cast_to, **changes), seed, dtype, **changes)
     cpu = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
@@ -99,11 +119,12 @@ def tiny_adapter(pack: Any, model: Any, seed: int = 9) -> Any:
 
     host = pack.infinite_id_core.host_comfyui
     widths = {layer.path: layer.width for layer in host.model_layers(model)}
-    adapter = pack.infinite_id_core.adapter.Adapter(
-        adapter_config(pack), widths, comfy.ops.manual_cast
-    )
-    fill(adapter, seed, gain=1.0)
-    return host.LoadedAdapter(adapter.requires_grad_(False))
+    config = adapter_config(pack)
+    with torch.device("meta"):
+        shapes = pack.infinite_id_core.adapter.Adapter(config, widths).state_dict()
+    build = pack.infinite_id_core.checkpoint.build_adapter
+    weights = random_weights(shapes, seed, gain=1.0)
+    return host.LoadedAdapter(build(config, weights, comfy.ops.manual_cast))
 
 
 def tiny_identity(pack: Any, seed: int = 3, references: int = 1) -> Any:
