@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from .errors import ModelMismatchError, OptionError
+from .errors import FeatureError, ModelMismatchError, OptionError
 from .identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding, Identity, check_match
 from .identity import identity_record as _identity_record
 from .layers import CrossAttentionLayer
@@ -150,6 +150,19 @@ class Adapter(nn.Module):
                 k, v = text[path]
                 pair.to_k.weight.copy_(k)
                 pair.to_v.weight.copy_(v)
+
+
+def finite_tokens(adapter: Adapter, face: Tensor, clip: Tensor) -> Tensor:
+    """``Adapter.tokens`` of an identity; raises ``FeatureError`` where they are not finite."""
+    tokens = adapter.tokens(face, clip)
+    if not bool(tokens.isfinite().all()):
+        raise FeatureError(
+            "The adapter's mappers made numbers that are not finite out of this identity: its "
+            f"largest face feature is {float(face.abs().max()):.3g}, its largest image feature "
+            f"{float(clip.abs().max()):.3g}; a few dozen is usual. Encode the person again, or "
+            "check the adapter with 'python -m trainer inspect'."
+        )
+    return tokens
 
 
 def check_identity(adapter: AdapterConfig, identity: Identity) -> None:

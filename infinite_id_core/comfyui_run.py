@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .adapter import Adapter
+from .adapter import Adapter, finite_tokens
 from .attention import IdentityTerm, Kernel, merged_cross_attention, mixed_attention
 from .comfyui_others import (
     Options,
@@ -33,7 +33,7 @@ from .comfyui_others import (
     without_model_wrappers,
 )
 from .comfyui_rows import Conds, fit_conds, fit_rows, in_window, uuids_of
-from .errors import FeatureError, PatchConflictError
+from .errors import PatchConflictError
 from .identity import null_features
 from .layers import BlockKey, CrossAttentionLayer
 from .mirrored_noise import MirroredNoise
@@ -561,15 +561,7 @@ class Run:
             identity = self.streams.applied[index].identity
             face, clip = null_features(identity) if null else (identity.face, identity.clip)
             to_device = partial(torch.Tensor.to, device=device, dtype=torch.float32)
-            tokens = adapter.tokens(to_device(face), to_device(clip))
-            if not bool(tokens.isfinite().all()):
-                raise FeatureError(
-                    "The adapter's mappers made numbers that are not finite out of this identity: "
-                    f"its largest face feature is {float(face.abs().max()):.3g}, its largest "
-                    f"image feature {float(clip.abs().max()):.3g}; a few dozen is usual. Encode "
-                    "the person again, or check the adapter with 'python -m trainer inspect'."
-                )
-            self._tokens[key] = tokens
+            self._tokens[key] = finite_tokens(adapter, to_device(face), to_device(clip))
         return self._tokens[key]
 
     def mask(self, index: int, chunk: int, q: Tensor, extra: Options) -> Tensor | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .adapter import Adapter, KeyValue, check_identity, check_layers
+from .adapter import Adapter, KeyValue, check_identity, check_layers, finite_tokens
 from .attention import (
     IdentityTerm,
     Kernel,
@@ -452,7 +452,7 @@ class _Run:
             adapter, identity = self.applied[index].adapter, self.applied[index].identity
             face, clip = null_features(identity) if null else (identity.face, identity.clip)
             weight = adapter.face_mapper.proj_in.weight
-            self.tokens[index, null] = adapter.tokens(face.to(weight), clip.to(weight))
+            self.tokens[index, null] = finite_tokens(adapter, face.to(weight), clip.to(weight))
         return self.tokens[index, null]
 
     def _mask(self, index: int, q: Tensor) -> Tensor | None:

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from infinite_id_core.adapter import Adapter, AdapterConfig, check_identity, check_layers
-from infinite_id_core.errors import IdentityMismatchError, ModelMismatchError, OptionError
+from infinite_id_core.adapter import (
+    Adapter,
+    AdapterConfig,
+    check_identity,
+    check_layers,
+    finite_tokens,
+)
+from infinite_id_core.errors import (
+    FeatureError,
+    IdentityMismatchError,
+    ModelMismatchError,
+    OptionError,
+)
 from infinite_id_core.identity import Identity, IdentityConfig
 from infinite_id_core.layers import CrossAttentionLayer, layers_from_ldm
 
@@ -291,3 +302,15 @@ def test_required_entries_are_named(name):
 def test_the_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().clip_width = 7  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("feature", ["face", "clip"])
+def test_features_that_overflow_are_named(feature):
+    """1e38 is finite itself, and infinite after the mappers: no picture may come of it."""
+    adapter, who = made().float(), identity()
+    assert torch.equal(
+        finite_tokens(adapter, who.face, who.clip), adapter.tokens(who.face, who.clip)
+    )
+    huge = dataclasses.replace(who, **{feature: torch.full_like(getattr(who, feature), 1e38)})
+    with pytest.raises(FeatureError, match="1e\\+38"):
+        finite_tokens(adapter, huge.face, huge.clip)
