@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .comfyui_rows import Conds
+
 Options = dict[str, Any]
 
 GUIDANCE = ("sampler_cfg_function", "sampler_calc_cond_batch_function", "model_function_wrapper")
@@ -122,14 +124,23 @@ def sampler_functions(options: Options, known: frozenset[int]) -> tuple[Options,
     return {**options, "sampler_post_cfg_function": kept}, added
 
 
-def model_wrappers(options: Options, own: str) -> list[Any]:
-    """What other packs wrapped around the model, where the rows of both streams would meet it."""
+def model_wrappers(options: Options, conds: Conds, own: str) -> list[Any]:
+    """What other packs wrapped around the model, where the rows of both streams would meet it.
+
+    Into the options, or as a hook of one cond, which the host adds in that cond's calls.
+    """
     found = [options["model_function_wrapper"]] if "model_function_wrapper" in options else []
-    wrappers = options.get("transformer_options", {}).get("wrappers", {})
-    for kind in MODEL_WRAPPERS:
-        for key, functions in wrappers.get(kind, {}).items():
-            found += [] if key in (own, *INDIFFERENT) else functions
+    for transformer in (options.get("transformer_options", {}), *_hooked(conds)):
+        for kind in MODEL_WRAPPERS:
+            for key, functions in transformer.get("wrappers", {}).get(kind, {}).items():
+                found += [] if key in (own, *INDIFFERENT) else functions
     return found
+
+
+def _hooked(conds: Conds) -> list[Options]:
+    groups = [cond.get("hooks") for conds_of_a_side in conds for cond in conds_of_a_side or ()]
+    hooks = [hook for group in groups if group is not None for hook in group.hooks]
+    return [getattr(hook, "transformers_dict", None) or {} for hook in hooks]
 
 
 def without_model_wrappers(options: Options, own: str) -> Options:

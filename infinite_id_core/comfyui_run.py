@@ -284,7 +284,7 @@ class Run:
                 return call.identity or []
         if not active:
             return run(conds, x, timestep, options)
-        if model_wrappers(options, KEY):
+        if model_wrappers(options, conds, KEY):
             return self._apart(call, run, conds, x, timestep, options, active)
         both = self._both(
             run, conds, torch.cat([call.x, x]), _doubled(timestep, x), options, active
@@ -304,7 +304,7 @@ class Run:
         """The text stream's evaluation; the identity stream's along with it where it is known."""
         call = _TextCall(x=x, asked=uuids_of(conds))
         step.calls.append(call)
-        wrapped = model_wrappers(options, KEY)
+        wrapped = model_wrappers(options, conds, KEY)
         fellow = None if wrapped else step.fellow(x, options, self.rows)
         if fellow is not None:
             both = self._both(

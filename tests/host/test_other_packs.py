@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import comfy.hooks
 import comfy.samplers
 import pytest
 import torch
@@ -211,6 +212,32 @@ def test_model_wrapper_keeps_the_method(
             wrapped.set_model_unet_function_wrapper(count)
             assert error(run(wrapped, rows=2), together) < 1e-5
     assert set(calls) == {4}  # positive and negative of one stream
+
+
+@pytest.mark.parametrize("text_stream", ["own", "shared"])
+def test_wrapper_that_a_cond_brings(silent: Any, model: Any, text_stream: str) -> None:
+    """As a hook of the positive prompt: it is around that cond's calls only."""
+
+    def seen(model: Any) -> tuple[torch.Tensor, set[int]]:
+        found: set[int] = set()
+
+        def wrap(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            found.add(x.shape[0])
+            return executor(x, *args, **kwargs) * 1.05
+
+        hook = comfy.hooks.TransformerOptionsHook(
+            {"wrappers": {WrappersMP.DIFFUSION_MODEL: {"spy": [wrap]}}},
+            hook_scope=comfy.hooks.EnumHookScope.HookedOnly,
+        )
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        positive = comfy.hooks.set_hooks_for_conditioning(conditioning(1), group)
+        return run(model, positive=positive), found
+
+    plain, wanted = seen(model)
+    found, rows = seen(silent(model, text_stream))
+    assert wanted == {2} and rows == wanted
+    assert error(found, plain) < 1e-5 and error(plain, run(model)) > 1e-3
 
 
 def test_wrapper_that_calls_again_is_refused(errors: Any, patched: Any, model: Any) -> None:
