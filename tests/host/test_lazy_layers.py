@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -52,7 +53,13 @@ class LazyLayers(comfy.ops.manual_cast):  # type: ignore[misc]
 
 @pytest.fixture
 def lazy_host(monkeypatch: Any) -> None:
-    """The host makes its Linear and Embedding lazily, for every model built from now on."""
+    """The host makes its Linear and Embedding lazily, for every model built from now on.
+
+    By the classes here; its own way is turned off where it is on.
+    """
+    memory = getattr(comfy, "memory_management", None)
+    if memory is not None:
+        monkeypatch.setattr(memory, "aimdo_enabled", False)
     for operations in (comfy.ops.disable_weight_init, comfy.ops.manual_cast):
         for name in ("Linear", "Embedding"):
             monkeypatch.setattr(operations, name, lazily_made(getattr(operations, name)))
