@@ -117,7 +117,8 @@ class Page:
                 urllib.request.urlopen(request, timeout=30).close()
             self.call("Page.navigate", url=url)
             self.until("window.app && window.app.graph && document.querySelector('#graph-canvas')")
-            self.until("Object.keys(LiteGraph.registered_node_types).length > 100")
+            # Its first graph comes last of all, and would take the place of one opened before it.
+            self.until("window.app.graph._nodes.length > 0")
         except BaseException:
             self.close()
             raise
@@ -181,16 +182,20 @@ class Page:
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def open_workflow(self, graph: dict[str, Any]) -> None:
+    def open_workflow(self, graph: dict[str, Any], name: str | None = None) -> None:
         """Load a workflow as dropping its file on the page does, and fit it to the window."""
-        self.run(f"window.app.loadGraphData({json.dumps(graph)})")
-        self.until(f"window.app.graph._nodes.length >= {len(graph['nodes'])}")
+        self.run(f"window.app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
+        types = json.dumps(sorted(node["type"] for node in graph["nodes"]))
+        self.until(
+            f"JSON.stringify(window.app.graph._nodes.map(n => n.type).sort()) === "
+            f"JSON.stringify({types})"
+        )
         self.fit()
         if self.run(f"Boolean(window.app.ui.settings.getSettingValue('{NODES_2}'))"):
             drawn = "document.querySelector(`[data-node-id='${n.id}']`)"
             self.until(f"window.app.graph._nodes.every(n => {drawn})")
 
-    def fit(self, margin: int = 70, bar: int = 60) -> None:
+    def fit(self, margin: int = 70, bar: int = 100) -> None:
         """Show the whole graph, clear of the page's side bar and top bar."""
         self.run(
             f"""(() => {{

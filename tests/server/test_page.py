@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine
 NOTHING = {"missing": [], "red": [], "dialogs": []}
 VERSION = Version(frontend.wanted() or frontend.installed())
 RENDERERS = {"canvas": {NODES_2: False}}
-if VERSION.release >= (1, 48):  # before, Nodes 2.0 was an experiment: 1.27 stumbles by itself
+if VERSION.release >= (1, 48):  # 1.27 tries Nodes 2.0, and draws no text and no picture in them
     RENDERERS["nodes 2"] = {NODES_2: True}
 
 # What the `sdxl` workflows name: pages since 1.48 mark a node red whose file is not in the list.
