@@ -159,4 +159,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"ComfyUI: {HOST}")
     reasons = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
     for reason, number in reasons.most_common():
-        terminalreporter.write_line(f"{number} tests LEFT OUT: {reason}", yellow=True, bold=True)
+        tests = "1 test" if number == 1 else f"{number} tests"
+        terminalreporter.write_line(f"{tests} LEFT OUT: {reason}", yellow=True, bold=True)

@@ -377,7 +377,7 @@ def test_every_test_that_is_left_out_can_be_a_failure(tmp_path: Path) -> None:
     assert allowed.returncode == 0, allowed.stdout
     reasons = ("reason one", "reason two", "reason three", "could not import 'no_such'")
     for reason in reasons:
-        assert f"1 tests LEFT OUT: {reason}" in allowed.stdout
+        assert f"1 test LEFT OUT: {reason}" in allowed.stdout
     refused = run_pytest(*arguments, INFINITE_ID_REQUIRE_ALL="1")
     assert refused.returncode == pytest.ExitCode.TESTS_FAILED
     assert "1 failed, 1 passed, 3 errors" in refused.stdout
