@@ -7,7 +7,8 @@
     python run.py setup    only what both need: the virtual environment and ComfyUI
 
 Standard library only. What is missing is made (.venv beside this file) or cloned (ComfyUI, into
-the user's cache folder); what is there is used, and a second run starts in about a second.
+the user's cache folder); what is there is used, and a second run starts in about a second. A
+ComfyUI of another release than the one named below gets an environment of its own.
 """
 
 from __future__ import annotations
@@ -17,24 +18,23 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
 LOCK = ROOT / "requirements.lock"
-STAMP = VENV / "infinite-id.stamp"
-UNFINISHED = VENV / "infinite-id.unfinished"
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)  # what requirements.lock has wheels for
 
 COMFYUI_URL = "https://github.com/comfyanonymous/ComfyUI"
-COMFYUI_RELEASE = "0.3.64"  # requirements.lock holds this release's requirements
+COMFYUI_RELEASE = "0.33.0"  # requirements.lock holds this release's requirements
 ROOM_NEEDED = 9 * 2**30  # bytes; torch with CUDA's libraries is most of it (Linux)
 
 
@@ -169,8 +169,40 @@ def have_host() -> Path:
 # -- The virtual environment -----------------------------------------------------------------------
 
 
-def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment beside this file, for one release of ComfyUI."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    """What pip installs into it, one after the other."""
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def stamp(self) -> Path:
+        """Names what was installed."""
+        return self.folder / "infinite-id.stamp"
+
+    @property
+    def unfinished(self) -> Path:
+        """Stands while pip works: an installation that was killed is never taken for a whole."""
+        return self.folder / "infinite-id.unfinished"
+
+
+def environment_for(host: Path | None) -> Environment:
+    """The environment of a host: two releases of ComfyUI on one machine have one each.
+
+    It holds the lock and, for another release than the lock's, that host's own list on top.
+    """
+    version = COMFYUI_RELEASE if host is None else comfyui_version(host)
+    if host is None or version == COMFYUI_RELEASE:
+        return Environment(ROOT / ".venv", (LOCK,))
+    own = host / "requirements.txt"
+    folder = ROOT / f".venv-{re.sub('[^A-Za-z0-9.+-]', '_', version)}"
+    return Environment(folder, (LOCK, own) if own.is_file() else (LOCK,))
 
 
 def check_python() -> None:
@@ -186,28 +218,20 @@ def check_python() -> None:
         raise SetupError("torch is no longer made for Macs with Intel processors.")
 
 
-def install_files(host: Path | None) -> list[Path]:
-    """What pip installs from: the lock, and the host's own list where it is another release."""
-    files = [LOCK]
-    if host is not None and comfyui_version(host) != COMFYUI_RELEASE:
-        files.append(host / "requirements.txt")
-    return [file for file in files if file.is_file()]
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Changes with the venv's Python, with the lock, and with a foreign host's requirements."""
+def fingerprint(environment: Environment) -> str:
+    """Changes with its Python, with the lock, and with a foreign host's requirements."""
     digest = hashlib.sha256()
     with contextlib.suppress(OSError):
-        digest.update((VENV / "pyvenv.cfg").read_bytes())
-    for file in files:
+        digest.update((environment.folder / "pyvenv.cfg").read_bytes())
+    for file in environment.files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def venv_starts() -> bool:
+def venv_starts(environment: Environment) -> bool:
     """Whether the environment's Python runs, is of a fitting version and has pip."""
     fits = f"{OLDEST_PYTHON} <= sys.version_info[:2] <= {NEWEST_PYTHON}"
-    command = [str(venv_python()), "-c", f"import sys, pip; sys.exit(not {fits})"]
+    command = [str(environment.python), "-c", f"import sys, pip; sys.exit(not {fits})"]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
@@ -215,45 +239,45 @@ def venv_starts() -> bool:
 
 
 def ensure_venv(host: Path | None) -> Path:
-    """Make .venv hold exactly what the lock says; returns its Python.
-
-    A stamp names what was installed; a mark stands while pip works, so that an installation that
-    was killed is made anew and never taken for a whole one.
+    """Make a host's environment hold exactly what its lists say; returns its Python.
 
     Raises:
         SetupError: no fitting Python, or pip failed.
     """
-    files = install_files(host)
-    begun = venv_python().exists() and not UNFINISHED.exists()
-    if begun and STAMP.is_file() and STAMP.read_text(encoding="utf-8") == fingerprint(files):
-        return venv_python()
-    if not (begun and venv_starts()):
-        make_venv()
-    STAMP.unlink(missing_ok=True)
-    UNFINISHED.touch()
-    for file in files:
+    wanted = environment_for(host)
+    begun = wanted.python.exists() and not wanted.unfinished.exists()
+    stamp = wanted.stamp.read_text(encoding="utf-8") if wanted.stamp.is_file() else None
+    if begun and stamp == fingerprint(wanted):
+        return wanted.python
+    if not (begun and venv_starts(wanted)):
+        make_venv(wanted)
+    wanted.stamp.unlink(missing_ok=True)
+    wanted.unfinished.touch()
+    for file in wanted.files:
         say(f"installing {file} (the first time 2 to 5 minutes and several GB)")
-        pip("install", "--disable-pip-version-check", "--requirement", str(file))
-    STAMP.write_text(fingerprint(files), encoding="utf-8")
-    UNFINISHED.unlink()
-    return venv_python()
+        pip(wanted, "install", "--disable-pip-version-check", "--requirement", str(file))
+    wanted.stamp.write_text(fingerprint(wanted), encoding="utf-8")
+    wanted.unfinished.unlink()
+    return wanted.python
 
 
-def make_venv() -> None:
+def make_venv(environment: Environment) -> None:
     check_python()
     free = shutil.disk_usage(ROOT).free
     if sys.platform == "linux" and free < ROOM_NEEDED:
         say(f"only {free / 2**30:.1f} GB are free here; the environment takes about 7")
-    say(f"making the virtual environment {VENV}")
-    done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
-    if done.returncode != 0:
+    say(f"making the virtual environment {environment.folder}")
+    command = [sys.executable, "-m", "venv", "--clear", str(environment.folder)]
+    if subprocess.run(command, check=False).returncode != 0:
         raise SetupError(
             f"'{sys.executable} -m venv' failed. On Debian and Ubuntu: apt install python3-venv."
         )
 
 
-def pip(*arguments: str) -> None:
-    done = subprocess.run([str(venv_python()), "-m", "pip", *arguments], check=False)
+def pip(environment: Environment, *arguments: str) -> None:
+    command = [str(environment.python), "-m", "pip", *arguments]
+    # What it says is for the reader; our standard output is for programs.
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode != 0:
         raise SetupError(
             f"pip failed (exit code {done.returncode}); what it said is above. "
@@ -276,10 +300,22 @@ def run_child(command: Sequence[str], environment: dict[str, str]) -> int:
             continue
 
 
-def setup() -> int:
+def setup(release: str | None = None) -> int:
+    """Make everything ready; the Python that is to be used goes to standard output.
+
+    Raises:
+        HostError: there is no ComfyUI, or another release than the one that has to be there.
+    """
     host = have_host()
-    ensure_venv(host)
-    say(f"ready: ComfyUI {comfyui_version(host)} in {host}, Python in {VENV}")
+    version = comfyui_version(host)
+    if release not in (None, version):
+        raise HostError(
+            f"{host} is ComfyUI {version}, and this needs {release}. Set COMFYUI_PATH to a folder "
+            f"that holds {release}."
+        )
+    python = ensure_venv(host)
+    say(f"ready: ComfyUI {version} in {host}, Python in {python.parent.parent}")
+    print(python)
     return 0
 
 
@@ -306,7 +342,7 @@ def host_for_child() -> tuple[Path | None, dict[str, str]]:
 def test(pytest_arguments: Sequence[str]) -> int:
     host, environment = host_for_child()
     if host is None:
-        say(f"{environment['INFINITE_ID_HOST_MISSING']} Host and server tests will be skipped.")
+        say(f"{environment['INFINITE_ID_HOST_MISSING']} Host and server tests will be left out.")
     python = ensure_venv(host)
     return run_child([str(python), "-m", "pytest", *pytest_arguments], environment)
 
@@ -331,7 +367,12 @@ def parser() -> argparse.ArgumentParser:
         prog="run.py", description="Infinite-ID for ComfyUI: demo and tests, set-up included."
     )
     verbs = made.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("setup", help="make .venv and find or clone ComfyUI, nothing else")
+    made_ready = verbs.add_parser(
+        "setup", help="make the environment and find or clone ComfyUI, nothing else"
+    )
+    made_ready.add_argument(
+        "--release", metavar="VERSION", help="fail where the ComfyUI that is found is another one"
+    )
     # Its arguments are pytest's: main() splits them off before argparse sees them.
     verbs.add_parser("test", help="run all tests; further arguments go to pytest", add_help=False)
     shown = verbs.add_parser("demo", help="one person in four scenes and styles, from ComfyUI")
@@ -356,7 +397,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["test"]:
         return test(arguments[1:])
     options = parser().parse_args(arguments)
-    return setup() if options.verb == "setup" else demo(options)
+    return setup(options.release) if options.verb == "setup" else demo(options)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,22 @@ import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 HOST_LAYERS = ("host", "server")
+
+ALL = "INFINITE_ID_REQUIRE_ALL"
+ALL_REQUIRED = os.environ.get(ALL) == "1"  # .ci/run: no test may be left out
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 # At the END: ComfyUI has a top-level module `nodes`, and ours must never hide it.
 if str(ROOT) not in sys.path:
@@ -122,11 +128,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(layer)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that was left out, where all have to run, has failed."""
+    return _refused((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole file."""
+    return _refused((yield))
+
+
+def _refused(report: Report) -> Report:
+    if report.skipped and not hasattr(report, "wasxfail") and ALL_REQUIRED:
+        report.outcome = "failed"
+        report.longrepr = f"{ALL} is 1, and this was left out: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test was skipped."""
+    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return said.removeprefix("Skipped: ")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which ComfyUI it was, and how many tests were left out, by reason."""
     if HOST is not None:
         terminalreporter.write_line(f"ComfyUI: {HOST}")
-        return
-    skipped = [r for r in terminalreporter.getreports("skipped") if _layer(TESTS.parent / r.fspath)]
-    terminalreporter.write_line(
-        f"{len(skipped)} host and server tests were SKIPPED: {HOST_MISSING}", yellow=True, bold=True
-    )
+    reasons = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
+    for reason, number in reasons.most_common():
+        tests = "1 test" if number == 1 else f"{number} tests"
+        terminalreporter.write_line(f"{tests} LEFT OUT: {reason}", yellow=True, bold=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import websocket
 from .workflow_api import to_api
 
 PACK_FOLDER = "infinite-id"
-_NOT_COPIED = frozenset({".git", ".venv", "output", "runs"})  # at the top of the repository
+_NOT_COPIED = (".git", ".venv*", "output", "runs")  # at the top of the repository
 _READY_TIMEOUT = 180.0  # seconds; a cold disk and a slow machine included
 _STOP_TIMEOUT = 15.0
 
@@ -112,7 +113,9 @@ def copy_pack(source: Path, target: Path) -> Path:
 
     def ignore(folder: str, names: list[str]) -> set[str]:
         made = {name for name in names if name == "__pycache__" or name.endswith("_cache")}
-        return made | (_NOT_COPIED & set(names) if Path(folder) == source else set())
+        if Path(folder) == source:
+            made |= {name for pattern in _NOT_COPIED for name in fnmatch.filter(names, pattern)}
+        return made
 
     return Path(shutil.copytree(source, target, ignore=ignore))
 

@@ -8,7 +8,10 @@ from typing import Any
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 UPLOADS = ("image_upload", "video_upload", "audio_upload")
 COLUMN, GAP, TOP = 400, 60, 60  # pixels on the canvas
-LINE, HEAD = 21, 26
+# Rows of a node, and what it has besides them, as tall as the page draws them at its tallest:
+# Nodes 2.0, which writes the pack's name below the rows.
+SLOT, WIDGET, TEXT_BOX, BESIDES = 21, 28, 130, 46
+BETWEEN = 56  # from one node to the next; the title, 30, stands in it
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Graph:
         Returns its outputs. Raises ``KeyError`` for a value the node has no input for.
         """
         info = self.info[kind]
-        inputs, widgets, height = [], [], HEAD + preview
+        inputs, widgets, height = [], [], BESIDES + preview
         number = len(self.nodes) + 1
         for name, spec in _inputs(info):
             given = values.pop(name, None)
@@ -73,7 +76,7 @@ class Graph:
                 inputs.append(entry)
             if _is_widget(spec):
                 widgets += _widget(spec, None if isinstance(given, Out) else given)
-                height += 130 if _options(spec).get("multiline") else LINE + 4
+                height += TEXT_BOX if _options(spec).get("multiline") else WIDGET
         if values:
             raise KeyError(f"{kind} has no inputs {sorted(values)}")
         outputs = [
@@ -82,13 +85,16 @@ class Graph:
                 zip(info["output"], info["output_name"], strict=True)
             )
         ]
-        height += LINE * max(len(inputs), len(outputs))
+        height += SLOT * max(len(inputs), len(outputs))
         self._place(kind, widgets, inputs, outputs, title, height)
         return tuple(Out(number, slot, o["type"]) for slot, o in enumerate(outputs))
 
     def dump(self) -> dict[str, Any]:
-        """The whole file."""
+        """The whole file, the same from every supported host."""
         self._close()
+        for node in self.nodes:
+            if _passes_on(self.info.get(node["type"])) and not _read(node):
+                node["outputs"] = []
         return {
             "last_node_id": len(self.nodes),
             "last_link_id": len(self.links),
@@ -139,7 +145,17 @@ class Graph:
         if color:
             node |= {"color": color, "bgcolor": "#653"}
         self.nodes.append(node)
-        self._y += height + 50
+        self._y += height + BETWEEN
+
+
+def _passes_on(info: dict[str, Any] | None) -> bool:
+    """Whether it is a node of ComfyUI's that saves or shows: newer hosts give it an output."""
+    return bool(info and info["output_node"] and not info["python_module"].startswith("custom"))
+
+
+def _read(node: dict[str, Any]) -> bool:
+    """Whether a link leaves the node."""
+    return any(output["links"] for output in node["outputs"])
 
 
 def _inputs(info: dict[str, Any]) -> list[tuple[str, Any]]:

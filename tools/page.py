@@ -32,8 +32,34 @@ QUIET = (
 )
 
 
-# Else a first visit opens the template browser over the graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Locale": "en"}
+NODES_2 = "Comfy.VueNodes.Enabled"
+"""Nodes 2.0: the page's setting that draws nodes as elements of the page, not on its canvas."""
+
+SETTINGS = {
+    # Else a first visit opens the template browser, or a tour, over the graph.
+    "Comfy.TutorialCompleted": True,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Locale": "en",
+    NODES_2: False,
+}
+
+# Every node as [id, type, left, top, right, bottom] on the canvas, title included, from what is
+# drawn: an element of the page where there is one (Nodes 2.0), else the node's own size.
+BOXES = """window.app.graph._nodes.map(n => {
+    const element = document.querySelector(`[data-node-id="${n.id}"]`);
+    const view = window.app.canvas.ds;
+    const frame = window.app.canvas.canvas.getBoundingClientRect();
+    const title = n.title_mode ? 0 : LiteGraph.NODE_TITLE_HEIGHT;
+    if (!element) return [String(n.id), n.type, n.pos[0], n.pos[1] - title,
+        n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
+    const r = element.getBoundingClientRect();
+    return [String(n.id), n.type,
+        (r.left - frame.left) / view.scale - view.offset[0],
+        (r.top - frame.top) / view.scale - view.offset[1],
+        (r.right - frame.left) / view.scale - view.offset[0],
+        (r.bottom - frame.top) / view.scale - view.offset[1]];
+    })"""
 
 
 class PageError(Exception):
@@ -91,7 +117,8 @@ class Page:
                 urllib.request.urlopen(request, timeout=30).close()
             self.call("Page.navigate", url=url)
             self.until("window.app && window.app.graph && document.querySelector('#graph-canvas')")
-            self.until("Object.keys(LiteGraph.registered_node_types).length > 100")
+            # Its first graph comes last of all, and would take the place of one opened before it.
+            self.until("window.app.graph._nodes.length > 0")
         except BaseException:
             self.close()
             raise
@@ -155,12 +182,20 @@ class Page:
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def open_workflow(self, graph: dict[str, Any]) -> None:
+    def open_workflow(self, graph: dict[str, Any], name: str | None = None) -> None:
         """Load a workflow as dropping its file on the page does, and fit it to the window."""
-        self.run(f"window.app.loadGraphData({json.dumps(graph)})")
-        self.until(f"window.app.graph._nodes.length >= {len(graph['nodes'])}")
+        self.run(f"window.app.loadGraphData({json.dumps(graph)}, true, true, {json.dumps(name)})")
+        types = json.dumps(sorted(node["type"] for node in graph["nodes"]))
+        self.until(
+            f"JSON.stringify(window.app.graph._nodes.map(n => n.type).sort()) === "
+            f"JSON.stringify({types})"
+        )
+        self.fit()
+        if self.run(f"Boolean(window.app.ui.settings.getSettingValue('{NODES_2}'))"):
+            drawn = "document.querySelector(`[data-node-id='${n.id}']`)"
+            self.until(f"window.app.graph._nodes.every(n => {drawn})")
 
-    def fit(self, margin: int = 70, bar: int = 60) -> None:
+    def fit(self, margin: int = 70, bar: int = 100) -> None:
         """Show the whole graph, clear of the page's side bar and top bar."""
         self.run(
             f"""(() => {{
@@ -188,12 +223,38 @@ class Page:
             missing: window.app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]
                 && !['Note', 'MarkdownNote'].includes(n.type)).map(n => n.type),
             red: window.app.graph._nodes.filter(n => n.has_errors).map(n => n.type),
-            dialogs: [...document.querySelectorAll('.p-dialog, .comfy-modal')]
-                .filter(d => d.offsetParent !== null || d.classList.contains('p-dialog'))
-                .filter(d => getComputedStyle(d).display !== 'none')
+            dialogs: [...document.querySelectorAll('[role=dialog], .comfy-modal')]
+                .filter(d => d.checkVisibility())
                 .map(d => d.innerText.slice(0, 300)),
             })"""
         )
+
+    def overlaps(self) -> list[str]:
+        """Pairs of nodes of which one is drawn over the other."""
+        boxes = self.run(BOXES)
+        return [
+            f"{a[1]} {a[0]} and {b[1]} {b[0]}"
+            for number, a in enumerate(boxes)
+            for b in boxes[:number]
+            if min(a[4], b[4]) > max(a[2], b[2]) and min(a[5], b[5]) > max(a[3], b[3])
+        ]
+
+    def outside(self) -> list[str]:
+        """Nodes that are not drawn wholly inside one of the graph's groups."""
+        groups = self.run(
+            """window.app.graph._groups.map(g => [g._pos[0], g._pos[1],
+            g._pos[0] + g._size[0], g._pos[1] + g._size[1]])"""
+        )
+        return [
+            f"{kind} {number}"
+            for number, kind, x0, y0, x1, y1 in self.run(BOXES)
+            if not any(x0 >= g[0] and y0 >= g[1] and x1 <= g[2] and y1 <= g[3] for g in groups)
+        ]
+
+    def press(self, key: str) -> None:
+        """Press a key that writes nothing, such as Escape."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def queue(self, seconds: float = 300) -> None:
         """Press Run and wait for the end."""

@@ -29,11 +29,12 @@ def main() -> int:
     extra = ("--cache-none",)
     with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=extra) as server:
         for name in WORKFLOWS:
-            # A page of its own each: lists of files are read when the page opens.
-            with Page(browser, server.url) as page:
+            # A page each: lists of files are read when it opens.
+            with Page(browser, server.url, settings={"Comfy.Graph.CanvasInfo": False}) as page:
                 graph = json.loads((FOLDER / f"{name}.micro.json").read_text(encoding="utf-8"))
-                page.open_workflow(graph)
+                page.open_workflow(graph, f"{name}.micro")
                 page.queue()
+                page.until("!document.querySelector('[data-testid=queue-notification-banner]')")
                 page.fit()
                 path = IMAGES / f"workflow_{name}.png"
                 page.screenshot(path)

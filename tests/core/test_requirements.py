@@ -17,7 +17,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What ComfyUI 0.3.64 ships: a second requirement could only move the host's own version.
+# What ComfyUI ships: a second requirement could only move the host's own version.
 COMFYUI_SHIPS = {
     "torch",
     "torchvision",
@@ -38,6 +38,16 @@ COMFYUI_SHIPS = {
     "sqlalchemy",
     "alembic",
     "av",
+    "requests",
+    "filelock",
+    "blake3",
+    "simpleeval",
+    "spandrel",
+    "sentencepiece",
+    "pyopengl",
+    "comfy-kitchen",
+    "comfy-aimdo",
+    "comfy-angle",
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_comfyui(folder: Path, version: str = "0.3.64") -> Path:
+def make_comfyui(folder: Path, version: str = "0.33.0") -> Path:
     (folder / "comfy").mkdir(parents=True)
     (folder / "comfy" / "__init__.py").touch()
     (folder / "main.py").touch()
@@ -31,9 +31,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     repository = tmp_path / "repository"
     repository.mkdir()
     monkeypatch.setattr(module, "ROOT", repository)
-    monkeypatch.setattr(module, "VENV", repository / ".venv")
-    monkeypatch.setattr(module, "STAMP", repository / ".venv" / "stamp")
-    monkeypatch.setattr(module, "UNFINISHED", repository / ".venv" / "unfinished")
     monkeypatch.setattr(module, "LOCK", repository / "requirements.lock")
     module.LOCK.write_text("# nothing\n", encoding="utf-8")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
@@ -47,15 +44,15 @@ def work(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the set-up does, as words, in place of the minutes it takes."""
     done: list[str] = []
 
-    def make_venv() -> None:
+    def make_venv(environment: Any) -> None:
         done.append("venv")
-        shutil.rmtree(run.VENV, ignore_errors=True)
-        run.venv_python().parent.mkdir(parents=True)
-        run.venv_python().touch()
-        (run.VENV / "pyvenv.cfg").write_text("version = 3.11.7\n", encoding="utf-8")
+        shutil.rmtree(environment.folder, ignore_errors=True)
+        environment.python.parent.mkdir(parents=True)
+        environment.python.touch()
+        (environment.folder / "pyvenv.cfg").write_text("version = 3.11.7\n", encoding="utf-8")
 
     monkeypatch.setattr(run, "make_venv", make_venv)
-    monkeypatch.setattr(run, "venv_starts", lambda: run.venv_python().exists())
+    monkeypatch.setattr(run, "venv_starts", lambda environment: environment.python.exists())
     monkeypatch.setattr(run, "pip", lambda *arguments: done.append(Path(arguments[-1]).name))
     return done
 
@@ -87,7 +84,7 @@ def test_killed_installation_is_made_anew(
         patch.setattr(run, "pip", killed)
         with pytest.raises(KeyboardInterrupt):
             run.ensure_venv(None)
-    assert not run.STAMP.exists()
+    assert not run.environment_for(None).stamp.exists()
     run.ensure_venv(None)
     assert work == ["venv", "venv", "requirements.lock"]
 
@@ -111,13 +108,67 @@ def test_killed_update_is_not_taken_for_whole(
     assert work == ["venv", "requirements.lock", "venv", "requirements.lock"]
 
 
-def test_another_release_of_comfyui_brings_its_requirements(
+def test_two_releases_of_comfyui_do_not_disturb_one_another(
     run: ModuleType, work: list[str], tmp_path: Path
 ) -> None:
-    run.ensure_venv(make_comfyui(tmp_path / "same"))
-    assert work == ["venv", "requirements.lock"]
-    run.ensure_venv(make_comfyui(tmp_path / "newer", "0.9.1"))
-    assert work[2:] == ["requirements.lock", "requirements.txt"]
+    """Another release brings its own requirements, into an environment of its own."""
+    pinned = make_comfyui(tmp_path / "pinned", run.COMFYUI_RELEASE)
+    floor = make_comfyui(tmp_path / "floor", "0.3.64")
+    pythons = [run.ensure_venv(host) for host in (pinned, floor)]
+    assert [python.parent.parent.name for python in pythons] == [".venv", ".venv-0.3.64"]
+    whole = ["venv", "requirements.lock", "venv", "requirements.lock", "requirements.txt"]
+    assert work == whole
+    for host, python in zip((pinned, floor, pinned), (*pythons, pythons[0]), strict=True):
+        assert run.ensure_venv(host) == python
+    assert work == whole
+    (floor / "requirements.txt").write_text("torch\neinops\n", encoding="utf-8")
+    run.ensure_venv(floor)
+    run.ensure_venv(pinned)
+    assert work == [*whole, "requirements.lock", "requirements.txt"]
+
+
+def test_killed_installation_for_one_host_leaves_the_other(
+    run: ModuleType, work: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floor = make_comfyui(tmp_path / "floor", "0.3.64")
+    run.ensure_venv(None)
+
+    def failing(*_: object) -> None:
+        raise run.SetupError("pip failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "pip", failing)
+        with pytest.raises(run.SetupError):
+            run.ensure_venv(floor)
+    run.ensure_venv(None)
+    assert work == ["venv", "requirements.lock", "venv"]
+    run.ensure_venv(floor)
+    assert work[3:] == ["venv", "requirements.lock", "requirements.txt"]
+
+
+@pytest.mark.parametrize("version", ["../elsewhere", "", "0.40.0 (dev)"])
+def test_no_version_leads_out_of_the_repository(
+    run: ModuleType, tmp_path: Path, version: str
+) -> None:
+    folder = run.environment_for(make_comfyui(tmp_path / "odd", version)).folder
+    assert folder.parent == run.ROOT and folder.name.startswith(".venv-")
+
+
+def test_setup_hands_the_python_to_programs(
+    run: ModuleType, work: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+    assert run.main(["setup", "--release", run.comfyui_version(host)]) == 0
+    assert capfd.readouterr().out == f"{run.environment_for(host).python}\n"
+
+
+def test_setup_can_insist_on_a_release(
+    run: ModuleType, work: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", str(make_comfyui(tmp_path / "floor", "0.3.64")))
+    with pytest.raises(run.HostError, match=r"floor is ComfyUI 0\.3\.64, and this needs 0\.33"):
+        run.main(["setup", "--release", "0.33.0"])
+    assert work == []
 
 
 def test_wrong_python_is_named(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +224,8 @@ def test_clone_is_found_the_second_time(
 ) -> None:
     remote = make_comfyui(tmp_path / "remote")
     git = ["git", "-C", str(remote), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "v0.3.64"]):
+    tag = f"v{run.COMFYUI_RELEASE}"
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", tag]):
         subprocess.run([*git, *command], check=True)
     monkeypatch.setattr(run, "COMFYUI_URL", remote.as_uri())
     host = run.have_host()
@@ -244,7 +296,7 @@ def test_demo_without_a_host_does_without(
     assert run.main(["demo", "--style", "neon"]) == 0
     assert work == ["venv", "requirements.lock"]
     command, environment = children[0]
-    assert command[:3] == [str(run.venv_python()), "-m", "tools.demo"]
+    assert command[:3] == [str(run.environment_for(None).python), "-m", "tools.demo"]
     assert "--host" not in command
     assert command[command.index("--style") + 1] == "neon"
     reason = environment["INFINITE_ID_HOST_MISSING"]
@@ -269,15 +321,15 @@ def test_demo_hands_on_how_it_ended(
     assert run.main(["demo"]) == 130
 
 
-# -- pytest without a host -------------------------------------------------------------------------
+# -- tests that are left out -----------------------------------------------------------------------
 
 
-def pytest_without_host(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    ours = ("COMFYUI_PATH", "INFINITE_ID_REQUIRE_HOST", "INFINITE_ID_HOST_MISSING")
-    inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if k not in ours}
+def run_pytest(*files: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    ours = ("COMFYUI_PATH", "INFINITE_ID_")
+    inherited: dict[str, Any] = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return subprocess.run(
-        [*command, "tests/core/test_workflow_api.py", "tests/host/test_pack_loads.py"],
+        command,
         cwd=ROOT,
         env={**inherited, **environment},
         capture_output=True,
@@ -287,14 +339,47 @@ def pytest_without_host(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_missing_host_skips_and_says_how_many() -> None:
-    done = pytest_without_host(INFINITE_ID_HOST_MISSING="no network")
+def pytest_without_host(**environment: str) -> subprocess.CompletedProcess[str]:
+    files = ("tests/core/test_workflow_api.py", "tests/host/test_pack_loads.py")
+    return run_pytest(*files, INFINITE_ID_HOST_MISSING="no network", **environment)
+
+
+def test_missing_host_leaves_tests_out_and_says_how_many() -> None:
+    done = pytest_without_host()
     assert done.returncode == 0, done.stdout
-    assert "4 host and server tests were SKIPPED: no network" in done.stdout
-    assert " passed, 4 skipped" in done.stdout
+    assert "5 tests LEFT OUT: no ComfyUI: no network" in done.stdout
+    assert " passed, 5 skipped" in done.stdout
 
 
 def test_missing_host_can_be_a_failure() -> None:
-    done = pytest_without_host(INFINITE_ID_HOST_MISSING="no network", INFINITE_ID_REQUIRE_HOST="1")
+    done = pytest_without_host(INFINITE_ID_REQUIRE_HOST="1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "no ComfyUI: no network" in done.stderr
+
+
+def test_every_test_that_is_left_out_can_be_a_failure(tmp_path: Path) -> None:
+    """By a mark, in a test, in a fixture, or a whole file: each fails, and says why."""
+    some = tmp_path / "test_some.py"
+    some.write_text(
+        "import pytest\n"
+        "@pytest.fixture\ndef gone(): pytest.skip('reason three')\n"
+        "@pytest.mark.skipif(True, reason='reason one')\ndef test_one(): pass\n"
+        "def test_two(): pytest.skip('reason two')\n"
+        "def test_three(gone): pass\n"
+        "def test_four(): pass\n",
+        encoding="utf-8",
+    )
+    whole = tmp_path / "test_whole.py"
+    whole.write_text("import pytest\npytest.importorskip('no_such')\n", encoding="utf-8")
+    ours = ("-p", "tests.conftest")
+    arguments = (*ours, str(some), str(whole), "--continue-on-collection-errors")
+    allowed = run_pytest(*arguments)
+    assert allowed.returncode == 0, allowed.stdout
+    reasons = ("reason one", "reason two", "reason three", "could not import 'no_such'")
+    for reason in reasons:
+        assert f"1 test LEFT OUT: {reason}" in allowed.stdout
+    refused = run_pytest(*arguments, INFINITE_ID_REQUIRE_ALL="1")
+    assert refused.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "1 failed, 1 passed, 3 errors" in refused.stdout
+    for reason in reasons:
+        assert f"INFINITE_ID_REQUIRE_ALL is 1, and this was left out: {reason}" in refused.stdout

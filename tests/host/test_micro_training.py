@@ -6,9 +6,6 @@ import torch
 
 import nodes
 from microworld import comfy_models, files
-
-pytest.importorskip("diffusers")
-
 from microworld.train import export, text, unet, vae
 from microworld.train.loop import save_atomic
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tools.node_ids import NODE_IDS
 
@@ -27,6 +28,13 @@ def test_entry_point_is_v3_only(pack: ModuleType) -> None:
     # ComfyUI looks for the V1 name first, and then never calls the V3 entry point.
     assert callable(pack.comfy_entrypoint)
     assert not hasattr(pack, "NODE_CLASS_MAPPINGS")
+
+
+def test_the_host_reads_that_it_is_supported(pack: ModuleType) -> None:
+    parser = importlib.import_module("comfy_config.config_parser")
+    read = parser.extract_node_configuration(str(ROOT)).project.supported_comfyui_version
+    assert str(SpecifierSet(read)) == ">=0.3.64"
+    assert importlib.import_module("comfyui_version").__version__ in SpecifierSet(read)
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
