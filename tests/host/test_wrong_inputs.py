@@ -23,6 +23,7 @@ VALUES: dict[str, Any] = {
     "negative": -(10**30),
     "NaN": math.nan,
     "infinity": math.inf,
+    "NaN as a text": "nan",
     "text": "x",
     "empty text": "",
     "long text": "x" * 5000,
