@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from .errors import OptionError
+from .errors import OptionError, shown
 
 Mixing = Literal["mixed", "mutual", "off"]
 Style = Literal["adain_mean", "adain", "off"]
@@ -194,4 +194,4 @@ def _exact(x: Tensor) -> torch.dtype:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}.")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .errors import ImageError, NoFaceError, OptionError
+from .errors import ImageError, OptionError
 from .face import (
     DetectedFace,
     FaceOptions,
+    FoundFaces,
+    IfNoFace,
     check_batch,
-    choose_faces,
-    detect_faces,
-    no_face_message,
-    number_faces,
     to_rgb,
+    wanted_faces,
 )
 
 WORKING_MULTIPLE = 64  # pixels: what SDXL's UNet and VAE divide without remainder
@@ -67,24 +65,26 @@ def face_square(
 
 
 def crop_faces(
-    app: Any, images: Tensor, options: FaceOptions, padding: float, size: int
+    images: Tensor,
+    found: Sequence[FoundFaces],
+    options: FaceOptions,
+    padding: float,
+    size: int,
+    if_no_face: IfNoFace = "error",
 ) -> tuple[Tensor, Tensor, FaceRegion]:
-    """Find the chosen faces in every picture of ``images [B, H, W, C]`` and crop around them.
+    """Crop around the wanted faces that were ``found`` in ``images [B, H, W, C]``.
 
-    Returns as ``crop_squares``; raises as it and ``detect_faces`` do, and ``NoFaceError``.
+    With ``if_no_face="skip"`` a picture without a wanted face gives no crop. Returns as
+    ``crop_squares``; raises as it, ``face_square`` and ``wanted_faces`` do.
     """
-    check_batch(images)
-    squares: list[FaceSquare] = []
-    frames, height, width = images.shape[:3]
-    for frame, image in enumerate(images):
-        faces, tried = detect_faces(app, image)
-        if not faces:
-            raise NoFaceError(no_face_message(tried, frame, frames))
-        faces = number_faces(faces, options.order)
-        squares += [
-            face_square(faces[i], width, height, padding, frame)
-            for i in choose_faces(faces, options)
-        ]
+    height, width = images.shape[1:3]
+    squares = [
+        face_square(seen.detected[i], width, height, padding, frame)
+        for frame, (seen, numbers) in enumerate(
+            zip(found, wanted_faces(found, options, if_no_face), strict=True)
+        )
+        for i in numbers
+    ]
     return crop_squares(images, squares, size)
 
 
@@ -109,22 +109,25 @@ def crop_squares(
     masks = [_face_mask(s, size) for s in squares]
     frames, height, width = images.shape[:3]
     region = FaceRegion(width=width, height=height, frames=frames, squares=tuple(squares))
+    if not squares:
+        return torch.zeros(0, size, size, 3), torch.zeros(0, size, size), region
     return torch.stack(crops), torch.stack(masks), region
 
 
-def paste_squares(images: Tensor, crops: Tensor, region: FaceRegion, feather: float) -> Tensor:
+def paste_squares(
+    images: Tensor, crops: Tensor | None, region: FaceRegion, feather: float
+) -> Tensor:
     """``images [B, H, W, C]`` with ``crops [n, h, w, 3]`` put back where they came from.
 
     ``feather`` is the width of the soft edge in parts of the square's side; where the square ends
     at the picture's own edge there is none. One picture with one square takes any number of crops
-    and gives as many pictures. Returns ``[B or n, H, W, 3 or 4]``. Raises ``ImageError`` where
-    picture, crops and region do not belong together, ``OptionError`` for a feather outside
-    [0, 0.5].
+    and gives as many pictures. A picture that gave no crop stays as it is; where none did, no
+    crops are needed. Returns ``[B or n, H, W, 3 or 4]``. Raises ``ImageError`` where picture,
+    crops and region do not belong together, ``OptionError`` for a feather outside [0, 0.5].
     """
     if not 0.0 <= feather <= 0.5:
         raise OptionError(f"feather must lie in [0, 0.5] of the square's side, got {feather}.")
     check_batch(images)
-    check_batch(crops)
     if (images.shape[0], images.shape[1], images.shape[2]) != (
         region.frames,
         region.height,
@@ -135,25 +138,35 @@ def paste_squares(images: Tensor, crops: Tensor, region: FaceRegion, feather: fl
             f"pixels; got {images.shape[0]} of {images.shape[2]} x {images.shape[1]}. Connect the "
             "picture that Face Crop read."
         )
-    squares = region.squares
-    if len(squares) == 1 and region.frames == 1:
-        squares = tuple(replace(squares[0], frame=i) for i in range(crops.shape[0]))
-        images = images.expand(crops.shape[0], *images.shape[1:])
-    if crops.shape[0] != len(squares):
-        raise ImageError(
-            f"The region has {len(squares)} faces and {crops.shape[0]} crops came back. Connect "
-            "all crops of Face Crop, in their order."
-        )
+    pairs = _paired(region, crops) if region.squares else []
+    if len(region.squares) == 1 and region.frames == 1:
+        images = images.expand(len(pairs), *images.shape[1:])
     if images.shape[3] == 1:
         images = images.expand(*images.shape[:3], 3)
     out = images.detach().to(device="cpu", dtype=torch.float32).clone()
-    for square, crop in zip(squares, crops, strict=True):
+    for square, crop in pairs:
         rows = slice(square.top, square.top + square.side)
         columns = slice(square.left, square.left + square.side)
         weight = _edge_mask(square, region, feather).unsqueeze(-1)
         there = out[square.frame, rows, columns, :3]
         there += weight * (_resize(to_rgb(crop), square.side) - there)
     return out
+
+
+def _paired(region: FaceRegion, crops: Tensor | None) -> list[tuple[FaceSquare, Tensor]]:
+    """Each crop of ``[n, h, w, 3]`` with the square it goes to. Raises ``ImageError``."""
+    if crops is None:
+        raise ImageError(f"Expected crops of {len(region.squares)} faces, got none. Connect crop.")
+    check_batch(crops)
+    squares = region.squares
+    if len(squares) == 1 and region.frames == 1:
+        squares = tuple(replace(squares[0], frame=i) for i in range(len(crops)))
+    if len(crops) != len(squares):
+        raise ImageError(
+            f"The region has {len(squares)} faces and {len(crops)} crops came back. Connect "
+            "all crops of Face Crop, in their order."
+        )
+    return list(zip(squares, crops, strict=True))
 
 
 def _resize(image: Tensor, side: int) -> Tensor:

@@ -32,9 +32,19 @@ from .errors import (
     WrongDtypeError,
     WrongFormatError,
     WrongShapeError,
+    shown,
 )
 from .face import AlignedFace
-from .identity import CLIP_TOKENS, ClipLayer, Embedding, Identity, IdentityConfig, average
+from .identity import (
+    CLIP_LAYER,
+    CLIP_TOKENS,
+    EMBEDDING,
+    ClipLayer,
+    Embedding,
+    Identity,
+    IdentityConfig,
+    average,
+)
 from .identity import check_match as _check_match
 from .packages import require
 
@@ -74,8 +84,13 @@ class EncodeOptions:
     embedding: Embedding = "normed"
 
     def __post_init__(self) -> None:
-        if self.combine not in COMBINE:
-            raise OptionError(f"combine must be one of {', '.join(COMBINE)}; got {self.combine!r}.")
+        choices = {"combine": COMBINE, "clip_layer": CLIP_LAYER, "embedding": EMBEDDING}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise OptionError(
+                    f"{name} must be one of {', '.join(allowed)}; got {shown(value)}."
+                )
 
 
 # --- E_face ----------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ def embed(
     if len(weights) != len(faces):
         raise OptionError(
             f"Expected {len(faces)} weights, one for each face, got {len(weights)}: "
-            f"{', '.join(map(str, weights))}."
+            f"{shown(list(weights))}."
         )
     clip = hidden_states(clip_vision, [face.crop for face in faces], options.clip_layer)
     identity = Identity(
@@ -185,7 +200,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in parts)
     except ValueError as error:
         raise OptionError(
-            f"Expected numbers separated by commas, such as '1, 0.5', got {text!r}."
+            f"Expected numbers separated by commas, such as '1, 0.5', got {shown(text)}."
         ) from error
 
 
@@ -344,7 +359,7 @@ def load_open_clip(
     open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
     if model not in open_clip.list_models() or _OTHER_PREPROCESSING in model:
         raise EncoderError(
-            f"open_clip has no model {model!r} with CLIP's preprocessing. Those that fit: "
+            f"open_clip has no model {shown(model)} with CLIP's preprocessing. Those that fit: "
             f"{', '.join(open_clip_models())}."
         )
     config = open_clip.get_model_config(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 
@@ -11,6 +12,24 @@ class InfiniteIDError(Exception):
 
 class OptionError(InfiniteIDError, ValueError):
     """An option is outside its allowed values."""
+
+
+class WrongInputError(InfiniteIDError, TypeError):
+    """An input got something of another kind than it takes."""
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100  # characters
+
+
+def shown(value: object) -> str:
+    """``value`` as a message shows it: short, whatever was sent; of an object only its kind."""
+    if value is not None and not isinstance(value, (str, int, float, list, tuple, dict)):
+        return f"an object of type {type(value).__name__}"
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"a very large {type(value).__name__}"
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -25,7 +44,7 @@ class FileError(InfiniteIDError):
     def __init__(self, path: str | Path, problem: str) -> None:
         if len(problem) > MAX_PROBLEM:  # names and values out of a hostile file can be megabytes
             problem = f"{problem[:MAX_PROBLEM]} [...]"
-        super().__init__(f"{path}: {problem}")
+        super().__init__(f"{str(path)[:MAX_PROBLEM]}: {problem}")
         self.path = Path(path)
         self.problem = problem
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os.path import isfile  # unlike Path's, False also where a name is longer than any file's
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -26,6 +28,7 @@ from .errors import (
     NameNotAllowedError,
     NoFaceError,
     OptionError,
+    shown,
 )
 from .identity import FACE_WIDTH
 from .packages import onnxruntime_conflict, require
@@ -50,6 +53,9 @@ RETRY_SIZES = (640, 512, 384, 320, 256, 192, 128)
 _RETRY_BORDER = 0.5  # of the longer side, on each side: makes room around tight crops
 _MAX_ASPECT = 8  # the detector's own resize rounds thinner pictures to nothing
 _BAND = 2**24  # pixels converted at a time
+_LONGEST_NAME = 255  # bytes: file systems take no more
+_MANIFEST = "manifest.json"  # a pack that says itself what it holds, and where
+_SMALLEST_PACK = 2  # files: a detector and a recogniser
 
 # The five landmarks in ArcFace's 112 px crop (insightface, utils/face_align.py).
 _TEMPLATE_SIZE = 112
@@ -95,7 +101,7 @@ class FaceOptions:
         if self.choose not in CHOOSE or self.order not in ORDER:
             raise OptionError(
                 f"choose must be one of {', '.join(CHOOSE)} and order one of {', '.join(ORDER)}; "
-                f"got {self.choose!r} and {self.order!r}."
+                f"got {shown(self.choose)} and {shown(self.order)}."
             )
         if not 0.0 <= self.padding <= 1.0:
             raise OptionError(
@@ -170,7 +176,7 @@ def load_face_models(
     """
     if detector_size % 32 or not 64 <= detector_size <= 4096:
         raise OptionError(
-            f"detector_size must be a multiple of 32 in [64, 4096], got {detector_size}. "
+            f"detector_size must be a multiple of 32 in [64, 4096], got {shown(detector_size)}. "
             f"{DETECTOR_SIZE} is usual."
         )
     folder = find_pack(pack, roots)
@@ -205,20 +211,23 @@ def load_face_models(
 
 def find_pack(pack: str, roots: Sequence[Path]) -> Path:
     """Folder of a face model pack. Raises ``FaceModelError`` listing every folder searched."""
-    if not pack or Path(pack).name != pack or pack in (".", "..") or "\\" in pack:
-        raise NameNotAllowedError(f"Expected the plain name of a face model pack, got {pack!r}.")
+    if not _is_plain_name(pack):
+        raise NameNotAllowedError(
+            f"Expected the plain name of a face model pack, got {shown(pack)}. Choose one from the "
+            "list."
+        )
     searched = [root / "models" / pack for root in roots]
     for folder in searched:
-        if any(folder.glob("*.onnx")) or (folder / "manifest.json").is_file():
+        if _found(folder, "*.onnx") or isfile(folder / _MANIFEST):
             return folder
     for folder in searched:
-        nested = sorted({path.parent for path in folder.rglob("*.onnx")})
+        nested = sorted({path.parent for path in _found(folder, "**/*.onnx")})
         if nested:
             raise FaceModelError(
                 f"The face models of {pack!r} lie one folder too deep, in {nested[0]}. Move its "
                 f".onnx files up into {folder}."
             )
-        if folder.with_name(f"{pack}.zip").is_file():
+        if isfile(folder.with_name(f"{pack}.zip")):
             raise FaceModelError(f"{folder}.zip is not unpacked. Unpack it into {folder}.")
     listed = "\n".join(f"  {folder}" for folder in searched) or "  (no folder at all)"
     raise FaceModelError(
@@ -227,10 +236,37 @@ def find_pack(pack: str, roots: Sequence[Path]) -> Path:
     )
 
 
+def find_whole_pack(pack: str, roots: Sequence[Path]) -> Path:
+    """As ``find_pack``; refuses also a pack of too few files to be whole, without loading any."""
+    folder = find_pack(pack, roots)
+    if not isfile(folder / _MANIFEST) and len(_found(folder, "*.onnx")) < _SMALLEST_PACK:
+        raise FaceModelError(_incomplete(folder, "detector or no recogniser", ""))
+    return folder
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether ``name`` can be a folder's, and of no other place than where it is looked for."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and Path(name).name == name
+        and not any(c in "/\\" or unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        and len(name.encode("utf-8")) <= _LONGEST_NAME
+    )
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by a pattern; none where the folder cannot be read."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def choose_providers(provider: Provider, available: Sequence[str]) -> list[str]:
     """onnxruntime's names for a choice, the CPU last. Raises ``FaceModelError``."""
     if provider not in PROVIDERS:
-        raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}; got {provider!r}.")
+        raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}; got {shown(provider)}.")
     wanted = list(_PROVIDER_NAMES) if provider == "auto" else [provider]
     found = [name for kind in wanted for name in _PROVIDER_NAMES[kind] if name in available]
     if not found:
@@ -255,13 +291,22 @@ def recogniser_name(app: Any) -> str:
 
 
 def _recogniser(app: Any) -> Any:
-    models = getattr(app, "models", {})
+    models = getattr(app, "models", None)
+    models = models if isinstance(models, Mapping) else {}
     if "recognition" not in models:
         raise FaceModelError(
             "The connected face models have no recogniser, so nobody can be told apart. They hold "
             f"{', '.join(sorted(models)) or 'nothing'}. Load a whole pack such as buffalo_l."
         )
     return models["recognition"]
+
+
+def _check_detector(app: Any) -> None:
+    if getattr(getattr(app, "det_model", None), "detect", None) is None:
+        raise FaceModelError(
+            f"Expected face models with a detector, got {shown(app)}. Connect Infinite-ID Load "
+            "Face Models, or the loader of the InstantID or PuLID pack."
+        )
 
 
 def _check_provider(app: Any, provider: str, providers: Sequence[str]) -> None:
@@ -287,7 +332,7 @@ def _incomplete(folder: Path, part: str, found: str) -> str:
 
 
 def _onnx_names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.glob("*.onnx"))) or "no .onnx file"
+    return ", ".join(path.name for path in _found(folder, "*.onnx")) or "no .onnx file"
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -380,6 +425,7 @@ def detect_faces(app: Any, image: Tensor) -> tuple[tuple[DetectedFace, ...], tup
     Where none is found, tries again with a border (tight crops) and at other detector sizes. The
     detector's own size is passed around, never changed. Raises ``ImageError``, ``FaceModelError``.
     """
+    _check_detector(app)
     check_image(image)
     factor = _factor(image)
     picture = _to_bgr(_reduced(image, factor))
@@ -476,16 +522,22 @@ def number_faces(faces: Sequence[DetectedFace], order: Order) -> tuple[DetectedF
     return tuple(sorted(faces, key=keys[order]))
 
 
-def choose_faces(faces: Sequence[DetectedFace], options: FaceOptions) -> list[int]:
-    """Numbers of the chosen among the numbered ``faces``. Raises ``FaceIndexError``."""
+def choose_faces(
+    faces: Sequence[DetectedFace], options: FaceOptions, frame: int = 0, frames: int = 1
+) -> list[int]:
+    """Numbers of the chosen among the numbered ``faces``. Raises ``FaceIndexError``.
+
+    ``frame`` of ``frames``: which picture of a batch they are of, for the message.
+    """
     if options.choose == "all":
         return list(range(len(faces)))
     if options.choose == "largest":
         return [max(range(len(faces)), key=lambda i: faces[i].area)]
     if not 0 <= options.index < len(faces):
         raise FaceIndexError(
-            f"Face number {options.index} was asked for, and {len(faces)} were found (numbers 0 to "
-            f"{len(faces) - 1}, {options.order}). The numbered preview shows them."
+            f"Face number {options.index} was asked for{_in_batch(frame, frames)}, and "
+            f"{len(faces)} were found (numbers 0 to {len(faces) - 1}, {options.order}). The "
+            "numbered preview shows them."
         )
     return [options.index]
 
@@ -604,49 +656,119 @@ def find_faces_in_batch(
 ) -> tuple[FoundFaces, ...]:
     """``find_faces`` on each picture of ``images [B, H, W, C]``.
 
-    With ``if_no_face="skip"`` a picture without a face gives an empty entry. Raises as
-    ``find_faces``.
+    With ``if_no_face="skip"`` nothing is chosen in a picture without a face, or without a face
+    of the wanted number. Raises as ``find_faces``, and ``OptionError``.
     """
+    options = options or FaceOptions()
     check_batch(images)
     _recogniser(app)
-    options = options or FaceOptions()
-    results = []
-    for frame, image in enumerate(images):
-        found = _find_in_frame(app, image, options, frame)
-        if not found.detected and if_no_face == "error":
-            raise NoFaceError(no_face_message(found.tried, frame, images.shape[0]))
-        results.append(found)
-    return tuple(results)
+    found = detect_in_batch(app, images, options.order)
+    return choose_in_batch(app, images, found, options, if_no_face)
+
+
+def detect_in_batch(
+    app: Any, images: Tensor, order: Order = "left to right"
+) -> tuple[FoundFaces, ...]:
+    """The numbered faces of each picture of ``images [B, H, W, C]``; none is chosen yet.
+
+    Raises ``ImageError``, ``FaceModelError``.
+    """
+    check_batch(images)
+    seen = (detect_faces(app, image) for image in images)
+    return tuple(
+        FoundFaces(detected=number_faces(faces, order), tried=tried) for faces, tried in seen
+    )
+
+
+def choose_in_batch(
+    app: Any,
+    images: Tensor,
+    found: Sequence[FoundFaces],
+    options: FaceOptions,
+    if_no_face: IfNoFace = "error",
+) -> tuple[FoundFaces, ...]:
+    """``detect_in_batch``'s result with the wanted faces chosen, cut out and read.
+
+    Raises as ``find_faces_in_batch``.
+    """
+    wanted = wanted_faces(found, options, if_no_face)
+    return tuple(
+        replace(seen, chosen=_chosen(app, image, seen, numbers, options, frame))
+        for frame, (image, seen, numbers) in enumerate(zip(images, found, wanted, strict=True))
+    )
+
+
+def _chosen(
+    app: Any,
+    image: Tensor,
+    found: FoundFaces,
+    numbers: Sequence[int],
+    options: FaceOptions,
+    frame: int,
+) -> tuple[AlignedFace, ...]:
+    """The faces of these numbers, cut out of ``image [H, W, C]`` and read."""
+    name = recogniser_name(app)
+    return tuple(
+        AlignedFace(
+            crop=align(image, found.detected[i].landmarks, options.size, options.padding),
+            embedding=read_face(app, image, found.detected[i]),
+            recogniser=name,
+            detected=found.detected[i],
+            index=i,
+            frame=frame,
+        )
+        for i in numbers
+    )
+
+
+def wanted_faces(
+    found: Sequence[FoundFaces], options: FaceOptions, if_no_face: IfNoFace = "error"
+) -> list[list[int]]:
+    """Numbers of the wanted faces of each picture; with ``skip`` there may be none.
+
+    Raises ``NoFaceError``, ``FaceIndexError``, ``OptionError``.
+    """
+    if if_no_face not in IF_NO_FACE:
+        raise OptionError(
+            f"if_no_face must be one of {', '.join(IF_NO_FACE)}; got {shown(if_no_face)}."
+        )
+    wanted: list[list[int]] = []
+    for frame, seen in enumerate(found):
+        if if_no_face == "skip" and not _has_wanted(seen, options):
+            wanted.append([])
+        elif not seen.detected:
+            raise NoFaceError(no_face_message(seen.tried, frame, len(found)))
+        else:
+            wanted.append(choose_faces(seen.detected, options, frame, len(found)))
+    return wanted
+
+
+def _has_wanted(found: FoundFaces, options: FaceOptions) -> bool:
+    return len(found.detected) > (max(0, options.index) if options.choose == "index" else 0)
 
 
 def no_face_message(tried: Sequence[str], frame: int = 0, frames: int = 1) -> str:
     """What to tell the user where no face was found."""
-    where = "" if frames == 1 else f" in picture {frame} of {frames} (counted from 0)"
     return (
-        f"No face was found{where}. Tried: {'; '.join(tried)}. Use a picture that shows the face "
-        "from the front, larger or with more room around it, or another face model; drawings are "
-        "often not recognised."
+        f"No face was found{_in_batch(frame, frames)}. Tried: {'; '.join(tried)}. Use a picture "
+        "that shows the face from the front, larger or with more room around it, or another face "
+        "model; drawings are often not recognised."
     )
 
 
-def _find_in_frame(app: Any, image: Tensor, options: FaceOptions, frame: int) -> FoundFaces:
-    detected, tried = detect_faces(app, image)
-    if not detected:
-        return FoundFaces(tried=tried)
-    detected = number_faces(detected, options.order)
-    name = recogniser_name(app)
-    chosen = tuple(
-        AlignedFace(
-            crop=align(image, detected[i].landmarks, options.size, options.padding),
-            embedding=read_face(app, image, detected[i]),
-            recogniser=name,
-            detected=detected[i],
-            index=i,
-            frame=frame,
-        )
-        for i in choose_faces(detected, options)
+def nothing_wanted_message(found: Sequence[FoundFaces], options: FaceOptions) -> str:
+    """What to tell the user where every picture was skipped."""
+    most = max(len(seen.detected) for seen in found)
+    if not most:
+        return no_face_message(found[0].tried)
+    return (
+        f"Every picture was skipped: face number {options.index} was asked for, and no picture "
+        f"shows more than {most} (numbers 0 to {most - 1}, {options.order})."
     )
-    return FoundFaces(detected=detected, chosen=chosen, tried=tried)
+
+
+def _in_batch(frame: int, frames: int) -> str:
+    return "" if frames == 1 else f" in picture {frame} of {frames} (counted from 0)"
 
 
 # --- numbered preview ------------------------------------------------------------------------

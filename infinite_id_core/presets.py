@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import OptionError
+from .errors import OptionError, shown
 
 PLACE = "{prompt}"
 
@@ -55,7 +55,7 @@ def parse_presets(text: str) -> dict[str, StylePreset]:
         if not equals or not name or PLACE not in positive or name in presets:
             raise OptionError(
                 f"Style presets, line {number}: expected 'name = text with {PLACE} | negative "
-                f"text' with a new name, found {line.strip()!r}."
+                f"text' with a new name, found {shown(line.strip())}."
             )
         presets[name] = StylePreset(positive=positive, negative=negative)
     return presets
@@ -66,8 +66,8 @@ def choose_preset(text: str, name: str) -> StylePreset:
     presets = parse_presets(text)
     if name not in presets:
         raise OptionError(
-            f"No style {name!r} among the presets; found {', '.join(presets) or 'none'}. Add a "
-            "line for it or choose another."
+            f"No style {shown(name)} among the presets; found {', '.join(presets) or 'none'}. Add "
+            "a line for it or choose another."
         )
     return presets[name]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from .checkpoint import identity_path, write_identity
-from .errors import NameTakenError, OptionError
+from .errors import NameTakenError, OptionError, shown
 from .identity import Identity
 
 IfExists = Literal["keep both", "overwrite", "error"]
@@ -24,7 +24,9 @@ def save_identity(
     ``error`` raises ``NameTakenError``. Raises ``NameNotAllowedError`` for a name that is none.
     """
     if if_exists not in IF_EXISTS:
-        raise OptionError(f"if_exists must be one of {', '.join(IF_EXISTS)}; got {if_exists!r}.")
+        raise OptionError(
+            f"if_exists must be one of {', '.join(IF_EXISTS)}; got {shown(if_exists)}."
+        )
     path = identity_path(folder, name)
     if path.exists() and if_exists == "error":
         raise NameTakenError(

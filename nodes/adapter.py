@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from . import folders
 from .face import EMBEDDED
+from .inputs import checked
 from .micro import embedded_adapter
 
 Adapter = io.Custom("INFINITE_ID_ADAPTER")
@@ -33,6 +34,15 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return file == EMBEDDED or folders.check(file, folders.adapter_path)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> str | float:
+        return EMBEDDED if file == EMBEDDED else folders.mark(file, folders.adapter_path)
+
+    @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         from ..infinite_id_core.host_comfyui import load_adapter
 

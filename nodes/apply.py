@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..infinite_id_core.attention import MAX_STRENGTH, MIXING, STYLE, TEXT_STREAM, StreamOptions
 from .adapter import Adapter
 from .identity import IdentityType
+from .inputs import checked
 
 
 class InfiniteIDApply(io.ComfyNode):
@@ -97,6 +98,7 @@ class InfiniteIDApply(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, adapter, identity, strength, start_percent, end_percent, mask=None, **stream
     ) -> io.NodeOutput:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..infinite_id_core import detail, face
+from ..infinite_id_core.errors import FaceError
 from ..microworld import files as micro_files
 from . import folders
+from .inputs import checked
+from .page import KEEPS_PREVIEW, show_before_failing
 
 EMBEDDED = "microworld (embedded)"
 KNOWN_PACKS = ("buffalo_l", "antelopev2")
@@ -89,6 +94,15 @@ class InfiniteIDFaceModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, pack: str | None = None) -> bool | str:
+        return pack == EMBEDDED or folders.check(pack, folders.face_pack_path)
+
+    @classmethod
+    def fingerprint_inputs(cls, pack: str | None = None, **settings: object) -> str | float:
+        return EMBEDDED if pack == EMBEDDED else folders.mark(pack, folders.face_pack_path)
+
+    @classmethod
+    @checked
     def execute(cls, pack, provider, detector_size) -> io.NodeOutput:
         roots = folders.insightface_roots()
         if pack == EMBEDDED:
@@ -129,8 +143,8 @@ class InfiniteIDAlignFace(io.ComfyNode):
                     "if_no_face",
                     options=list(face.IF_NO_FACE),
                     default="error",
-                    tooltip="A picture without a face stops the run (error), or is left out "
-                    "(skip), as for video frames.",
+                    tooltip="A picture without a face, or without one of this index, stops the "
+                    "run (error), or is left out (skip), as for video frames.",
                 ),
             ],
             outputs=[
@@ -141,25 +155,36 @@ class InfiniteIDAlignFace(io.ComfyNode):
                 ),
                 io.Int.Output(display_name="count", tooltip="How many faces were chosen."),
             ],
+            **KEEPS_PREVIEW,
         )
 
     @classmethod
+    @checked
     def execute(
         cls, face_analysis, image, choose, index, order, padding, if_no_face
     ) -> io.NodeOutput:
         options = face.FaceOptions(choose=choose, index=index, order=order, padding=padding)
-        found = face.find_faces_in_batch(face_analysis, image, options, if_no_face)
+        found = face.detect_in_batch(face_analysis, image, order)
+        try:
+            found = face.choose_in_batch(face_analysis, image, found, options, if_no_face)
+        except FaceError:  # the numbers tell what to choose instead
+            seen = found
+            show_before_failing(lambda: ui.PreviewImage(_numbered(image, seen), cls=cls))
+            raise
         faces = tuple(chosen for frame in found for chosen in frame.chosen)
-        numbered = zip(image, found, strict=True)
-        preview = torch.stack(
-            [face.numbered_preview(picture, frame) for picture, frame in numbered]
-        )
+        preview = _numbered(image, found)
         shown = ui.PreviewImage(preview, cls=cls)
         if not faces:  # all skipped: what follows does not run, and says why
-            nothing = ExecutionBlocker(face.no_face_message(found[0].tried))
+            nothing = ExecutionBlocker(face.nothing_wanted_message(found, options))
             return io.NodeOutput(nothing, nothing, preview, 0, ui=shown)
         crops = torch.stack([chosen.crop for chosen in faces])
         return io.NodeOutput(faces, crops, preview, len(faces), ui=shown)
+
+
+def _numbered(images: torch.Tensor, found: Sequence[face.FoundFaces]) -> torch.Tensor:
+    """The pictures with numbered faces, as one batch ``[B, h, w, 3]``."""
+    numbered = zip(images, found, strict=True)
+    return torch.stack([face.numbered_preview(picture, frame) for picture, frame in numbered])
 
 
 class InfiniteIDFaceCrop(io.ComfyNode):
@@ -197,6 +222,14 @@ class InfiniteIDFaceCrop(io.ComfyNode):
                     tooltip="Side of the enlarged crop in pixels: what the model paints best "
                     "(1024 for SDXL, 128 for the Micro Model).",
                 ),
+                io.Combo.Input(
+                    "if_no_face",
+                    options=list(face.IF_NO_FACE),
+                    default="error",
+                    optional=True,
+                    tooltip="A picture without a face, or without one of this index, stops the "
+                    "run (error), or gives no crop (skip): Face Paste then leaves it as it is.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="crop", tooltip="The enlarged surroundings."),
@@ -210,9 +243,15 @@ class InfiniteIDFaceCrop(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, face_analysis, image, choose, index, order, padding, size) -> io.NodeOutput:
+    @checked
+    def execute(
+        cls, face_analysis, image, choose, index, order, padding, size, if_no_face="error"
+    ) -> io.NodeOutput:
         options = face.FaceOptions(choose=choose, index=index, order=order)
-        crop, mask, region = detail.crop_faces(face_analysis, image, options, padding, size)
+        found = face.detect_in_batch(face_analysis, image, order)
+        crop, mask, region = detail.crop_faces(image, found, options, padding, size, if_no_face)
+        if not region.squares:  # all skipped: nothing to paint again, and Face Paste needs nothing
+            crop = mask = ExecutionBlocker(face.nothing_wanted_message(found, options))
         return io.NodeOutput(crop, region, mask)
 
 
@@ -229,7 +268,7 @@ class InfiniteIDFacePaste(io.ComfyNode):
             "a soft edge.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture that Face Crop read."),
-                io.Image.Input("crop", tooltip="The repainted crop, of any size."),
+                io.Image.Input("crop", lazy=True, tooltip="The repainted crop, of any size."),
                 Region.Input("region", tooltip="From Infinite-ID Face Crop."),
                 io.Float.Input(
                     "feather",
@@ -244,6 +283,12 @@ class InfiniteIDFacePaste(io.ComfyNode):
         )
 
     @classmethod
+    def check_lazy_status(cls, region=None, **others: object) -> list[str]:
+        # Without a crop there is nothing to paint, and what would paint it does not run.
+        return ["crop"] if getattr(region, "squares", ()) else []
+
+    @classmethod
+    @checked
     def execute(cls, image, crop, region, feather) -> io.NodeOutput:
         return io.NodeOutput(detail.paste_squares(image, crop, region, feather))
 

@@ -5,12 +5,22 @@ The default folder and every folder a user's yaml adds are both searched.
 
 from __future__ import annotations
 
-import contextlib
+import math
+from collections.abc import Callable
+from os.path import isfile  # unlike Path's, False also where a name is longer than any file's
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import folder_paths
 
-from ..infinite_id_core.errors import FileMissingError, NameNotAllowedError
+from ..infinite_id_core.errors import (
+    FileMissingError,
+    InfiniteIDError,
+    NameNotAllowedError,
+    shown,
+)
+from ..infinite_id_core.face import find_whole_pack
+from ..infinite_id_core.marks import mark_of
 
 ADAPTERS = "infinite_id"
 IDENTITIES = "infinite_id_identities"
@@ -82,6 +92,11 @@ def insightface_roots() -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
+def face_pack_path(name: str) -> Path:
+    """Folder of a face model pack. Raises ``FaceModelError`` or ``NameNotAllowedError``."""
+    return find_whole_pack(name, insightface_roots())
+
+
 def face_packs() -> list[str]:
     """Names of the face model packs in any of the insightface folders."""
     found = (
@@ -94,6 +109,34 @@ def face_packs() -> list[str]:
     return sorted(set(found))
 
 
+def check(name: Any, find: Callable[[Any], Path]) -> bool | str:
+    """For ``validate_inputs``: True where ``find`` finds it, else what is wrong, in words.
+
+    The host asks every node before anything runs, so that all missing files are named at once. It
+    gives None for a name that a link will bring.
+    """
+    try:
+        if name is not None:
+            find(name)
+    except InfiniteIDError as error:
+        return str(error)
+    return True
+
+
+def mark(name: Any, find: Callable[[Any], Path]) -> str | float:
+    """For ``fingerprint_inputs``: another value when the file, or folder of files, was replaced.
+
+    NaN, which equals nothing, for a name that a link will bring. Never raises: of a file that is
+    not there the node itself says so.
+    """
+    if name is None:
+        return math.nan
+    try:
+        return mark_of(find(name))
+    except InfiniteIDError as error:
+        return str(error)
+
+
 def _files(kind: str) -> list[str]:
     register()
     return list(folder_paths.get_filename_list(kind))
@@ -102,16 +145,17 @@ def _files(kind: str) -> list[str]:
 def _find(kind: str, name: str) -> Path:
     """A file of this kind by its name as ComfyUI lists it; subfolders of the folder are fine."""
     register()
-    parts = PurePosixPath(name.replace("\\", "/")).parts
+    parts = PurePosixPath(name.replace("\\", "/")).parts if isinstance(name, str) else ()
     if not parts or ".." in parts or ":" in name or name.startswith(("/", "\\", "~")):
         raise NameNotAllowedError(
-            f"Expected the name of a file in the folder {kind}, got {name!r}. Choose one from the "
-            "list; paths that leave the folder are not followed."
+            f"Expected the name of a file in the folder {kind}, got {shown(name)}. Choose one "
+            "from the list; paths that leave the folder are not followed."
         )
     folders = [Path(p) for p in folder_paths.get_folder_paths(kind)]
     for folder in folders:
-        with contextlib.suppress(OSError):  # a name longer than the file system takes
-            if folder.joinpath(*parts).is_file():
-                return folder.joinpath(*parts)
+        if isfile(folder.joinpath(*parts)):
+            return folder.joinpath(*parts)
     searched = "; ".join(str(folder) for folder in folders)
-    raise FileMissingError(name, f"no such file. Searched: {searched}.")
+    raise FileMissingError(
+        name, f"no such file. Searched: {searched}. Put it there, or choose another."
+    )

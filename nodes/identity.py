@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io, ui
 
 from ..infinite_id_core import checkpoint, encoders, store
-from ..infinite_id_core.errors import OptionError
+from ..infinite_id_core.errors import OptionError, shown
 from ..infinite_id_core.identity import CLIP_LAYER, EMBEDDING, interpolate, stack
 from . import folders
 from .face import EMBEDDED, Faces
+from .inputs import checked
 
 NO_FILE = "none (embedded)"
+MIX = ("stack", "interpolate")
 IdentityType = io.Custom("IDENTITY")
 
 
@@ -65,6 +69,7 @@ class InfiniteIDEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, faces, clip_vision, combine, weights="", clip_layer="last", embedding="normed"
     ) -> io.NodeOutput:
@@ -109,16 +114,44 @@ class InfiniteIDOpenClipLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, model: str | None = None, weights_file: str | None = None
+    ) -> bool | str:
+        if model not in (None, EMBEDDED, *encoders.open_clip_models()):
+            return str(_no_such_model(model))
+        return model in (None, EMBEDDED) or folders.check(weights_file, _weights_path)
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, model: str | None = None, weights_file: str | None = None
+    ) -> str | float:
+        return EMBEDDED if model == EMBEDDED else folders.mark(weights_file, _weights_path)
+
+    @classmethod
+    @checked
     def execute(cls, model, weights_file) -> io.NodeOutput:
         from . import clip_vision
 
         if model == EMBEDDED:
             return io.NodeOutput(clip_vision.load_embedded())
-        if weights_file == NO_FILE:
-            raise OptionError(
-                f"{model} needs its weights: choose a .safetensors file of models/clip_vision."
-            )
-        return io.NodeOutput(clip_vision.load(model, folders.clip_vision_path(weights_file)))
+        if model not in encoders.open_clip_models():
+            raise _no_such_model(model)
+        return io.NodeOutput(clip_vision.load(model, _weights_path(weights_file)))
+
+
+def _weights_path(name: str) -> Path:
+    """The weights of a model. Raises as ``folders.clip_vision_path``, and ``OptionError``."""
+    if name == NO_FILE:
+        raise OptionError(
+            "This model needs its weights: choose a .safetensors file of models/clip_vision, or "
+            f"the model '{EMBEDDED}', which needs none."
+        )
+    return folders.clip_vision_path(name)
+
+
+def _no_such_model(model: object) -> OptionError:
+    known = ", ".join([EMBEDDED, *encoders.open_clip_models()])
+    return OptionError(f"model must be one of {known}; got {shown(model)}.")
 
 
 class InfiniteIDMix(io.ComfyNode):
@@ -136,7 +169,7 @@ class InfiniteIDMix(io.ComfyNode):
                 IdentityType.Input("identity_b", tooltip="The second person."),
                 io.Combo.Input(
                     "mode",
-                    options=["stack", "interpolate"],
+                    options=list(MIX),
                     default="stack",
                     tooltip="Both side by side, and the model takes from each (stack), or a "
                     "straight line between the two (interpolate).",
@@ -154,7 +187,10 @@ class InfiniteIDMix(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, identity_a, identity_b, mode, ratio) -> io.NodeOutput:
+        if mode not in MIX:
+            raise OptionError(f"mode must be one of {', '.join(MIX)}; got {shown(mode)}.")
         # At the ends only one of them is left, in either mode; a weight must be positive.
         if mode == "interpolate" or ratio in (0.0, 1.0):
             return io.NodeOutput(interpolate(identity_a, identity_b, ratio))
@@ -199,6 +235,7 @@ class InfiniteIDSaveIdentity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, identity, name, if_exists) -> io.NodeOutput:
         path = store.save_identity(identity, folders.identity_folder(), name, if_exists)
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"Saved {path.name}"))
@@ -226,11 +263,15 @@ class InfiniteIDLoadIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file) -> str:
-        status = folders.identity_path(file).stat()
-        return f"{file}:{status.st_mtime_ns}:{status.st_size}"
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return folders.check(file, folders.identity_path)
 
     @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> str | float:
+        return folders.mark(file, folders.identity_path)
+
+    @classmethod
+    @checked
     def execute(cls, file) -> io.NodeOutput:
         return io.NodeOutput(checkpoint.read_identity(folders.identity_path(file)))
 

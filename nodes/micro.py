@@ -8,6 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..microworld import comfy_models, files, people, random_weights
+from .inputs import checked
+from .page import KEEPS_PREVIEW
 
 if TYPE_CHECKING:
     from ..infinite_id_core.host_comfyui import LoadedAdapter
@@ -73,9 +75,11 @@ class InfiniteIDMicroPortrait(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The portrait; goes wherever a photo goes.")],
+            **KEEPS_PREVIEW,
         )
 
     @classmethod
+    @checked
     def execute(cls, person, size) -> io.NodeOutput:
         drawn = torch.from_numpy(people.reference_picture(person, size)).float()[None] / 255.0
         return io.NodeOutput(drawn, ui=ui.PreviewImage(drawn, cls=cls))

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..infinite_id_core import score
 from .face import FaceAnalysis
 from .identity import IdentityType
+from .inputs import checked
 
 
 class InfiniteIDScore(io.ComfyNode):
@@ -71,6 +72,7 @@ class InfiniteIDScore(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, images, face_analysis, identity=None, reference=None, clip_vision=None, prompt=""
     ) -> io.NodeOutput:

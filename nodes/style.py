@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..infinite_id_core.presets import STYLES, TWELVE, choose_preset
+from .inputs import checked
 
 
 class InfiniteIDStylePreset(io.ComfyNode):
@@ -43,6 +44,7 @@ class InfiniteIDStylePreset(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, prompt: str, negative: str, style: str, presets: str) -> io.NodeOutput:
         return io.NodeOutput(*choose_preset(presets, style).apply(prompt, negative))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infinite_id_core import detail, errors
-from infinite_id_core.face import DetectedFace
+from infinite_id_core.face import DetectedFace, FaceOptions, FoundFaces
 
 
 def detected(x0: float, y0: float, x1: float, y1: float) -> DetectedFace:
@@ -128,3 +128,47 @@ def test_what_does_not_belong_together_is_refused():
         detail.paste_squares(images, crops, region, 0.7)
     with pytest.raises(errors.OptionError, match="padding"):
         detail.face_square(detected(0, 0, 1, 1), 100, 100, -1.0)
+
+
+def seen(*boxes: tuple[float, float, float, float]) -> FoundFaces:
+    return FoundFaces(detected=tuple(detected(*box) for box in boxes), tried=("detector size 1",))
+
+
+def test_a_picture_that_gave_no_crop_comes_back_unchanged():
+    images = noise(3, 100, 200, 3)
+    found = [seen((20, 20, 60, 60)), seen(), seen((120, 20, 160, 60))]
+    with pytest.raises(errors.NoFaceError, match="picture 1 of 3"):
+        detail.crop_faces(images, found, FaceOptions(), 0.25, 64)
+    crops, masks, region = detail.crop_faces(images, found, FaceOptions(), 0.25, 64, "skip")
+    assert len(crops) == len(masks) == 2 and [s.frame for s in region.squares] == [0, 2]
+    out = detail.paste_squares(images, torch.ones_like(crops), region, 0.1)
+    assert torch.equal(out[1], images[1])
+    assert out[0, 40, 40].min() > 1 - 1e-6 and out[2, 40, 140].min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_where_no_picture_gave_a_crop_none_is_needed(channels):
+    images = noise(2, 100, 200, channels)
+    crops, masks, region = detail.crop_faces(
+        images, [seen(), seen()], FaceOptions(), 0.25, 64, "skip"
+    )
+    assert crops.shape == (0, 64, 64, 3) and masks.shape == (0, 64, 64)
+    out = detail.paste_squares(images, None, region, 0.1)
+    assert torch.equal(out, images.expand(2, 100, 200, max(3, channels)))
+
+
+def test_crops_that_are_needed_and_absent():
+    images = noise(1, 100, 200, 3)
+    _, _, region = detail.crop_faces(images, [seen((20, 20, 60, 60))], FaceOptions(), 0.25, 64)
+    with pytest.raises(errors.ImageError, match="Connect crop"):
+        detail.paste_squares(images, None, region, 0.1)
+
+
+def test_the_wanted_number_decides_what_is_cropped():
+    images = noise(2, 100, 200, 3)
+    found = [seen((20, 20, 60, 60), (120, 20, 160, 60)), seen((20, 20, 60, 60))]
+    second = FaceOptions(choose="index", index=1)
+    with pytest.raises(errors.FaceIndexError, match="picture 1 of 2"):
+        detail.crop_faces(images, found, second, 0.25, 64)
+    _, _, region = detail.crop_faces(images, found, second, 0.25, 64, "skip")
+    assert [(s.frame, s.left) for s in region.squares] == [(0, 110)]

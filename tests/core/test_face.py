@@ -212,6 +212,36 @@ def test_a_frame_without_a_face_stops_or_is_skipped():
     assert [c.frame for f in found for c in f.chosen] == [0, 2, 2, 2]
 
 
+def test_a_frame_without_the_wanted_face_stops_or_is_skipped():
+    frames = torch.stack([picture(*THREE), picture(THREE[0]), picture()])
+    second = face.FaceOptions(choose="index", index=1)
+    with pytest.raises(errors.FaceIndexError, match="in picture 1 of 3 .*, and 1 were found"):
+        face.find_faces_in_batch(MadeAnalysis(), frames, second)
+    found = face.find_faces_in_batch(MadeAnalysis(), frames, second, "skip")
+    assert [[c.index for c in f.chosen] for f in found] == [[1], [], []]
+    assert [len(f.detected) for f in found] == [3, 1, 0]
+    with pytest.raises(errors.OptionError, match="if_no_face"):
+        face.find_faces_in_batch(MadeAnalysis(), frames, second, "leave")
+
+
+def test_what_is_said_where_every_frame_was_skipped():
+    frames = torch.stack([picture(THREE[0]), picture(*THREE)])
+    options = face.FaceOptions(choose="index", index=3)
+    found = face.find_faces_in_batch(MadeAnalysis(), frames, options, "skip")
+    assert "no picture shows more than 3 (numbers 0 to 2" in face.nothing_wanted_message(
+        found, options
+    )
+    nobody = face.find_faces_in_batch(MadeAnalysis(), frames[:1] * 0, options, "skip")
+    assert "No face was found" in face.nothing_wanted_message(nobody, options)
+
+
+@pytest.mark.parametrize("app", [5, None, {}, "buffalo_l", object()])
+def test_what_is_no_analysis_is_named(app):
+    for find in (face.find_faces, face.detect_faces):
+        with pytest.raises(errors.FaceModelError):
+            find(app, picture(*THREE))
+
+
 @pytest.mark.parametrize("shape", [(0, 64, 64, 3), (64, 64, 3), (1, 64, 64, 2), (1, 0, 64, 3)])
 def test_a_batch_that_is_none(shape):
     with pytest.raises(errors.ImageError):
@@ -450,7 +480,10 @@ def test_a_damaged_file(tmp_path):
         face.load_face_models("bad", [tmp_path], "CPU")
 
 
-@pytest.mark.parametrize("pack", ["", "..", "../buffalo_l", "a/b", "a\\b", "/etc"])
+@pytest.mark.parametrize(
+    "pack",
+    ["", "..", "../buffalo_l", "a/b", "a\\b", "/etc", "a\0b", "x" * 5000, "\ud800", 5, None, {}],
+)
 def test_a_pack_name_stays_in_its_folder(tmp_path, pack):
     with pytest.raises(errors.NameNotAllowedError):
         face.load_face_models(pack, [tmp_path])

@@ -16,6 +16,8 @@ from skimage import data
 
 from nodes import NODE_CLASS_MAPPINGS
 
+from .executor import Executor, failures, shown
+
 EMBEDDED = "microworld (embedded)"
 
 
@@ -369,28 +371,6 @@ def test_a_yaml_line_may_name_the_models_folder(pack, tmp_path, monkeypatch):
 # --- through ComfyUI's executor --------------------------------------------------------------
 
 
-class Recorder:
-    """What the executor needs of the server: a place to send its messages."""
-
-    client_id = "test"
-    last_node_id = None
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, Any]] = []
-
-    def send_sync(self, event: str, values: Any, client_id: Any = None) -> None:
-        self.sent.append((event, values))
-
-
-def execute(prompt: dict[str, Any], outputs: list[str]) -> Recorder:
-    import execution
-
-    recorder = Recorder()
-    executor = execution.PromptExecutor(recorder)
-    executor.execute(prompt, "test-prompt", {"client_id": "test"}, outputs)
-    return recorder
-
-
 def graph(image: str, name: str) -> dict[str, Any]:
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "models": ("InfiniteIDFaceModelLoader",
@@ -415,15 +395,14 @@ def test_photo_to_identity_file_in_the_executor(pack, photo, picture, saved):
 
     pixels = data.astronaut() if picture == "face" else np.zeros((64, 64, 3), np.uint8)
     Image.fromarray(pixels).save(Path(folder_paths.get_input_directory()) / f"{picture}.png")
-    recorder = execute(graph(f"{picture}.png", picture), ["save"])
-    events = [event for event, _ in recorder.sent]
-    shown = [v["output"] for e, v in recorder.sent if e == "executed" and v["node"] == "align"]
-    assert len(shown) == 1 and shown[0]["images"]
+    sent = Executor().run(graph(f"{picture}.png", picture), ["save"])
+    events = [event for event, _ in sent]
+    (output,) = shown(sent, "align")
+    assert output["images"]
     path = pack.nodes.folders.identity_folder() / f"{picture}.safetensors"
     assert path.is_file() == saved
-    failures = [v for e, v in recorder.sent if e == "execution_error"]
     if saved:
-        assert not failures and "execution_success" in events
+        assert not failures(sent) and "execution_success" in events
     else:  # told why, and the rest of the queue would go on
-        assert "No face was found" in failures[0]["exception_message"]
+        assert "No face was found" in failures(sent)[0]["exception_message"]
         assert "execution_success" in events
