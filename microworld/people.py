@@ -52,7 +52,7 @@ def write_people(
     """Draw `photos` pictures of each of `people`: `person_00012/3.png`, its caption beside it.
 
     Training people, or those kept out of all training; in one `style` (an index into STYLES) or in
-    all. The same arguments give the same bytes.
+    all. The same arguments give the same bytes on one machine.
     """
     seeds = (HELD_OUT_SEEDS if held_out else TRAIN_SEEDS)[:people]
     for seed in seeds:

@@ -5,7 +5,7 @@ picture's right) and put into the picture by one similarity transform, so landma
 from the same numbers as the pixels. Drawing is done at twice the size and averaged down.
 
 Everything is a pure function of its arguments: the same identity, attributes, nuisance and size
-give the same bytes.
+give the same bytes on one machine; another processor may round a colour to the next level.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ def painter(options: argparse.Namespace) -> Iterator[Host]:
         return
     reason = os.environ.get("INFINITE_ID_HOST_MISSING", "No --host was given.")
     print(
-        f"[infinite-id] {reason} Without ComfyUI the same pictures are made with diffusers.",
+        f"[infinite-id] {reason} Without ComfyUI the pictures are made with diffusers.",
         file=sys.stderr,
     )
     # Before torch is loaded: spinning threads are ruinous for tiny models on a busy machine.

@@ -358,7 +358,8 @@ def small_face_detail(g: Graph, kind: Kind) -> None:
     g.column("4. Detail pass")
     (positive,) = g.add("CLIPTextEncode", title="Prompt", clip=m.clip, text=kind.prompt)
     (negative,) = g.add("CLIPTextEncode", title="Negative prompt", clip=m.clip, text=kind.negative)
-    model = apply(g, m, identity)
+    # A second pass begins with a finished picture: the prompt's cannot come from noise of its own.
+    model = apply(g, m, identity, text_stream="shared")
     g.column("5. Mended picture")
     (latent,) = g.add("VAEEncode", pixels=crop, vae=m.vae)
     (latent,) = g.add("SetLatentNoiseMask", title="Only the face", samples=latent, mask=mask)

@@ -295,7 +295,8 @@ def to_api(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 class Diffusers:
-    """In place of a `ComfyServer`: takes the same prompts, gives the same pictures.
+    """In place of a `ComfyServer`: takes the same prompts, gives the same pictures but for
+    rounding.
 
     As there, what a node gave is kept, so that models and identity are made once for many prompts.
     """

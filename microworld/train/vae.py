@@ -2,7 +2,7 @@
 
 A stage of w < 64 channels equals a 64-channel stage whose other channels are zero, so the narrow
 net is trained (cheap at 128 px) and stored, and `widen` gives the standard TAESD tensors, under
-ComfyUI's keys, that compute exactly the same.
+ComfyUI's keys, that compute the same.
 """
 
 from __future__ import annotations

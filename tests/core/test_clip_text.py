@@ -30,6 +30,11 @@ def wanted(model) -> torch.Tensor:
         return model.encode_text(tokens)
 
 
+def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for the order in which sums are added up: another batch, another address."""
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
     return path
@@ -38,7 +43,7 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
 def test_a_state_dict_gives_open_clips_own_embeddings(model, wanted):
     found = clip_text.build_text_tower(OPEN_CLIP, "tiny", model.state_dict()).encode(TEXTS)
     assert found.dtype == torch.float32 and not found.requires_grad
-    torch.testing.assert_close(found, wanted)
+    same(found, wanted)
     assert metrics.cosine(found[:2], found[1:]).max() < 0.999  # the texts do tell
 
 
@@ -50,7 +55,7 @@ def test_a_file_gives_the_same_and_only_its_text_side_is_read(model, wanted, tmp
         tmp_path / "both.safetensors", text | {"visual.proj": torch.full((2, 2), torch.nan)}
     )
     found = clip_text.load_text_tower(OPEN_CLIP, "tiny", path).encode(TEXTS)
-    torch.testing.assert_close(found, wanted)
+    same(found, wanted)
 
 
 def test_half_precision_files_are_computed_in_float32(model, wanted, tmp_path):
@@ -65,15 +70,15 @@ def test_many_and_overlong_texts(model):
     tower = clip_text.build_text_tower(OPEN_CLIP, "tiny", model.state_dict())
     many = tower.encode([f"a person number {i}" for i in range(130)])
     assert many.shape[0] == 130
-    torch.testing.assert_close(many[100:101], tower.encode(["a person number 100"]))
+    same(many[100:101], tower.encode(["a person number 100"]))
     cut = tower.encode(["word " * 400, "word " * 500])
-    torch.testing.assert_close(cut[0], cut[1])
+    same(cut[0], cut[1])
 
 
 def test_the_image_encoder_reads_texts_beside_its_pictures(model, wanted, tmp_path):
     tiny = encoders.build_open_clip(OPEN_CLIP, model.state_dict(), "tiny")
     assert tiny.read_texts is not None
-    torch.testing.assert_close(tiny.read_texts(TEXTS), wanted)
+    same(tiny.read_texts(TEXTS), wanted)
     embeds = tiny.encode_image(torch.rand(2, 64, 64, 3)).image_embeds
     assert embeds.shape == (2, wanted.shape[1])
     tower = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
@@ -88,7 +93,7 @@ def test_a_named_model_from_a_file_reads_texts(model, tmp_path, monkeypatch):
     assert vision.read_texts is not None
     with torch.no_grad():
         tokens = open_clip.tokenizer.SimpleTokenizer()(TEXTS, model.context_length)
-        torch.testing.assert_close(vision.read_texts(TEXTS), model.encode_text(tokens))
+        same(vision.read_texts(TEXTS), model.encode_text(tokens))
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tools.strip import GAP, HEIGHT, strip
 from tools.without_comfyui import Diffusers, HostNeeded, to_api
 
 ROOT = Path(__file__).resolve().parents[2]
+PICTURE = "docs/images/demo.png"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,18 @@ def test_without_comfyui_a_strip_is_made_and_said(quick: Path, tmp_path: Path) -
     for number, picture in enumerate(painted):
         assert picture.std() > 5
         assert all(np.abs(picture - other).mean() > 1 for other in painted[:number])
+
+
+def test_the_readmes_picture_is_what_the_demo_makes(tmp_path: Path) -> None:
+    """But for rounding: it was made on another processor, and by ComfyUI."""
+    made, shown = (
+        np.asarray(Image.open(path).convert("RGB")).astype(int)[:HEIGHT]  # captions left out
+        for path in (demo.make(Diffusers(), options(output=tmp_path)), ROOT / PICTURE)
+    )
+    assert made.shape == shown.shape
+    for i in range(0, made.shape[1], HEIGHT + GAP):
+        there, here = (p[:, i : i + HEIGHT] for p in (shown, made))
+        assert np.abs(there - here).mean() < 1  # of 255
 
 
 def test_one_prompt_makes_one_picture(quick: Path, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_crop_has_the_working_size_and_mask_is_the_face():
     square = detail.face_square(detected(100, 100, 150, 150), 300, 200, 0.5)
     crops, masks, region = detail.crop_squares(images, [square], 128)
     assert crops.shape == (1, 128, 128, 3) and masks.shape == (1, 128, 128)
-    assert masks[0, 64, 64] == 1.0 and masks[0, 0].max() < 0.01 and masks[0, :, -1].max() < 0.01
+    assert masks[0, 64, 64] > 1 - 1e-6
+    assert masks[0, 0].max() < 0.01 and masks[0, :, -1].max() < 0.01
     assert masks[0, 40:88, 40:88].min() > 0.99  # the face's box within the crop
     assert region.squares == (square,)
 
@@ -77,7 +78,7 @@ def test_no_soft_edge_where_the_picture_ends():
     square = detail.face_square(detected(0, 0, 40, 40), 100, 100, 0.25)
     _, _, region = detail.crop_squares(images, [square], 64)
     out = detail.paste_squares(images, torch.ones(1, 64, 64, 3), region, 0.2)[0, :, :, 0]
-    assert out[0, 0] == 1.0 and out[30, 0] == 1.0 and out[59, 30] < 0.02
+    assert out[[0, 30], 0].min() > 1 - 1e-6 and out[59, 30] < 0.02
 
 
 def test_several_faces_in_several_frames():
@@ -89,8 +90,8 @@ def test_several_faces_in_several_frames():
     crops, _, region = detail.crop_squares(images, squares, 64)
     out = detail.paste_squares(images, torch.ones_like(crops), region, 0.1)
     assert out.shape == images.shape
-    assert out[0, 40, 20, 0] == 1.0 and out[0, 40, 160, 0] == 0.0
-    assert out[1, 40, 160, 0] == 1.0 and out[1, 40, 20, 0] == 0.0
+    assert out[0, 40, 20, 0] > 1 - 1e-6 and out[0, 40, 160, 0] == 0.0  # nothing was added there
+    assert out[1, 40, 160, 0] > 1 - 1e-6 and out[1, 40, 20, 0] == 0.0
 
 
 def test_one_face_takes_a_batch_of_crops():
@@ -109,7 +110,7 @@ def test_grey_and_rgba_pictures(channels):
     crops, _, region = detail.crop_squares(images, [square], 64)
     out = detail.paste_squares(images, torch.zeros_like(crops), region, 0.1)
     assert crops.shape[3] == 3 and out.shape[3] == max(3, channels)
-    assert out[0, 50, 50, :3].sum() == 0.0
+    assert out[0, 50, 50, :3].abs().max() < 1e-6
     if channels == 4:
         assert torch.equal(out[..., 3], images[..., 3])
 

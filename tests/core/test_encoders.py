@@ -174,9 +174,9 @@ def test_hidden_states_are_those_inside_open_clips_own_pass(model, tiny):
     before_last, last, features = by_hooks(model, encoders.preprocess(images))
     out = tiny.encode_image(images)
     assert out.last_hidden_state.shape == (3, 257, 96)
-    assert torch.allclose(out.last_hidden_state, last, atol=1e-5)
-    assert torch.allclose(out["penultimate_hidden_states"], before_last, atol=1e-5)
-    assert torch.allclose(out.image_embeds, features, atol=1e-5)
+    assert torch.allclose(out.last_hidden_state, last, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(out["penultimate_hidden_states"], before_last, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(out.image_embeds, features, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(last, before_last, atol=1e-2)
 
 
@@ -188,7 +188,7 @@ def test_half_weights_compute_in_float32_and_stay_half(model, dtype):
     vision = encoders.build_open_clip(OPEN_CLIP, narrow, "microworld")
     out = vision.encode_image(images).last_hidden_state
     wanted = encoders.build_open_clip(OPEN_CLIP, wide, "x").encode_image(images).last_hidden_state
-    assert out.dtype == torch.float32 and torch.allclose(out, wanted, atol=1e-6)
+    assert out.dtype == torch.float32 and torch.allclose(out, wanted, rtol=1e-4, atol=1e-5)
     assert vision.model.transformer.resblocks[0].mlp.c_fc.weight.dtype == dtype
 
 
@@ -253,8 +253,13 @@ def test_a_file_gives_the_models_states(tmp_path, model, tiny, named_tiny, prefi
     save_file(tower, tmp_path / "w.safetensors")
     loaded = encoders.load_open_clip(named_tiny, tmp_path / "w.safetensors")
     images = torch.rand(1, 224, 224, 3, generator=generator())
+    for name, tensor in tiny.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name  # as it was written
+    # The tensors lie at other addresses, so sums may be added up in another order.
     out = loaded.encode_image(images).last_hidden_state
-    assert torch.equal(out, tiny.encode_image(images).last_hidden_state)
+    torch.testing.assert_close(
+        out, tiny.encode_image(images).last_hidden_state, rtol=1e-4, atol=1e-5
+    )
     assert loaded.clip_model == named_tiny
 
 

@@ -344,12 +344,13 @@ def test_an_onnx_recogniser_agrees_with_insightfaces_own_reading():
     assert ours is not None and theirs is not None
     cosine = torch.cosine_similarity(ours.embedding, theirs.embedding, dim=0)
     assert cosine > 0.999  # the crops are resampled differently
-    assert torch.equal(ours.crop, theirs.crop)
+    assert float((ours.crop - theirs.crop).abs().max()) < 1e-3  # each by its own detector session
     assert reader.read(torch.zeros(128, 128, 3)) is None
     swapped = backbones.face_reader(
         str(files.RECOGNISER), str(files.FACE_MODELS), backbones.OnnxInput(order="bgr")
     ).read(picture)
-    assert swapped is not None and not torch.equal(swapped.embedding, ours.embedding)
+    assert swapped is not None
+    assert torch.cosine_similarity(swapped.embedding, ours.embedding, dim=0) < 0.999
 
 
 def test_the_microworlds_scorer_is_the_one_of_its_scoring():

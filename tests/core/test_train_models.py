@@ -25,6 +25,11 @@ from trainer.unet import describe_unet, ldm_names, load_unet
 from . import train_world
 
 
+def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """The same weights in two modules: at other addresses, sums are added up in another order."""
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def run_unet(unet: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -44,7 +49,10 @@ def run_unet(unet: Any) -> torch.Tensor:
 def test_a_single_file_gives_the_same_unet(tmp_path: Path, prefix: str) -> None:
     path = train_world.write_unet(tmp_path / "unet.safetensors", prefix)
     loaded = load_unet(path, head_width=32)
-    assert torch.equal(run_unet(loaded.unet), run_unet(train_world.micro_unet()))
+    wanted = train_world.micro_unet()
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], tensor), name
+    same(run_unet(loaded.unet), run_unet(wanted))
     assert (loaded.context_width, loaded.pooled_width) == (16, 8)
     assert loaded.schedule == NoiseSchedule()
     assert not any(p.requires_grad for p in loaded.unet.parameters())
@@ -56,9 +64,7 @@ def test_other_models_in_a_checkpoint_are_left_alone(tmp_path: Path) -> None:
         tmp_path / "all.safetensors",
         **{"first_stage_model.encoder.conv_in.weight": torch.zeros(1)},
     )
-    assert torch.equal(
-        run_unet(load_unet(path, head_width=32).unet), run_unet(train_world.micro_unet())
-    )
+    same(run_unet(load_unet(path, head_width=32).unet), run_unet(train_world.micro_unet()))
 
 
 def test_marks_of_v_prediction_are_read(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_a_diffusers_folder(tmp_path: Path) -> None:
         json.dumps({"prediction_type": "v_prediction"}), encoding="utf-8"
     )
     loaded = load_unet(tmp_path / "sdxl")
-    assert torch.equal(run_unet(loaded.unet), run_unet(unet))
+    same(run_unet(loaded.unet), run_unet(unet))
     assert loaded.schedule.prediction == "v"
     assert load_unet(tmp_path / "sdxl" / "unet").schedule.prediction == "epsilon"
     with pytest.raises(FileMissingError, match="unet/config.json"):
@@ -188,7 +194,7 @@ def test_a_diffusers_folder_gives_the_autoencoder(tmp_path: Path) -> None:
     assert latents.shape == (2, 4, 8, 6)
     with torch.no_grad():
         wanted = module.encode(pixels * 2 - 1).latent_dist.mode() * 0.13025
-    torch.testing.assert_close(latents, wanted)
+    same(latents, wanted)
     assert loaded.decode(latents).shape == (2, 3, 64, 48)
 
 
@@ -206,7 +212,7 @@ def test_taesd_is_read_in_comfyuis_naming(tmp_path: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         wanted = module.encode(pixels * 2 - 1).latents
-    torch.testing.assert_close(loaded.encode(pixels), wanted)
+    same(loaded.encode(pixels), wanted)
 
 
 def test_a_file_without_autoencoder_is_named(tmp_path: Path) -> None:
@@ -279,8 +285,8 @@ def test_text_encoders_of_every_kind_of_file_agree(tmp_path: Path) -> None:
     ]
     assert prompts[0].context.shape == (3, 77, 128)
     assert prompts[0].pooled.shape == (3, 48)
-    assert torch.equal(prompts[0].context, prompts[1].context)
-    assert torch.equal(prompts[0].pooled, prompts[1].pooled)
-    assert not torch.equal(prompts[0].context[0], prompts[0].context[1])
+    same(prompts[0].context, prompts[1].context)
+    same(prompts[0].pooled, prompts[1].pooled)
+    assert float((prompts[0].context[0] - prompts[0].context[1]).abs().max()) > 1e-2
     with pytest.raises(ModelMismatchError, match="two text encoders were not found"):
         text.load_text_encoders(train_world.write_unet(tmp_path / "unet.safetensors"))

@@ -225,7 +225,7 @@ def test_crop_and_paste_are_each_others_inverse(analysis, photo):
         "InfiniteIDFaceCrop", analysis, photo, "largest", 0, "left to right", 0.5, 256
     )
     assert crop.shape == (1, 256, 256, 3) and mask.shape == (1, 256, 256)
-    assert mask[0, 128, 128] == 1.0
+    assert mask[0, 128, 128] > 1 - 1e-6
     (back,) = run("InfiniteIDFacePaste", photo, crop, region, 0.15)
     assert (back - photo).abs().mean() < 0.002
     square = region.squares[0]

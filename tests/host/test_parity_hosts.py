@@ -229,7 +229,7 @@ def test_noise_levels_are_the_hosts(zero_terminal: bool) -> None:
 
     theirs = Sampling(zsnr=zero_terminal)
     ours = NoiseSchedule(prediction="v", zero_terminal_snr=zero_terminal)
-    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-5, atol=0)
     for scheduler in ("normal", "karras", "ddim_uniform", "simple"):
         for steps in (1, 7, 30):
             torch.testing.assert_close(
@@ -239,8 +239,9 @@ def test_noise_levels_are_the_hosts(zero_terminal: bool) -> None:
             )  # fmt: skip
     for percent in (0.1, 0.5, 0.999, 1.0):
         wanted = theirs.percent_to_sigma(percent)
-        assert ours.sigma_at_percent(percent) == pytest.approx(wanted, rel=1e-6)
+        assert ours.sigma_at_percent(percent) == pytest.approx(wanted, rel=1e-5)
     sigma, x, out = torch.tensor(3.0), torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(
-        ours.denoised(x, out, sigma), theirs.calculate_denoised(sigma, out, x)
-    )
+        ours.denoised(x, out, sigma), theirs.calculate_denoised(sigma, out, x),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip

