@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
 
 
 def make_comfyui(folder: Path, version: str = "0.33.0") -> Path:
@@ -219,6 +220,7 @@ def test_folder_that_is_no_comfyui_is_passed_over_by_name(
     assert str(empty) in capfd.readouterr().err
 
 
+@needs_git
 def test_clone_is_found_the_second_time(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +236,7 @@ def test_clone_is_found_the_second_time(
     assert [path.name for path in run.cache_folder().iterdir()] == [host.name]
 
 
+@needs_git
 def test_failed_clone_leaves_nothing(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
