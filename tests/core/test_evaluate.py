@@ -350,7 +350,8 @@ def test_an_onnx_recogniser_agrees_with_insightfaces_own_reading():
         str(files.RECOGNISER), str(files.FACE_MODELS), backbones.OnnxInput(order="bgr")
     ).read(picture)
     assert swapped is not None
-    assert torch.cosine_similarity(swapped.embedding, ours.embedding, dim=0) < 0.999
+    apart = (swapped.embedding - ours.embedding).norm() / ours.embedding.norm()
+    assert apart > 1e-3  # the face is nearly grey
 
 
 def test_the_microworlds_scorer_is_the_one_of_its_scoring():
