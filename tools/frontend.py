@@ -36,6 +36,12 @@ def wanted() -> str | None:
     return newest() if named == NEWEST else named or None
 
 
+def arguments() -> list[str]:
+    """What to start ComfyUI with, so that it serves that version; nothing for the host's own."""
+    version = wanted()
+    return ["--front-end-root", str(folder(version))] if version else []
+
+
 def installed() -> str:
     """The version that this environment serves by itself: the one its ComfyUI pins."""
     return importlib.metadata.version(PACKAGE)

@@ -276,7 +276,13 @@ def save_identity(g: Graph, kind: Kind) -> None:
     m = loaders(g, kind, (about, 80))
     identity = person(g, m, kind, "2. Who")
     g.column("3. Keep it, and try it")
-    g.add("InfiniteIDSaveIdentity", identity=identity, name="my person", if_exists="overwrite")
+    g.add(
+        "InfiniteIDSaveIdentity",
+        preview=60,
+        identity=identity,
+        name="my person",
+        if_exists="overwrite",
+    )
     g.note(
         "The file",
         "The file holds numbers that tell this person from others, and no photo. It is "
@@ -388,8 +394,9 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
     prompts = texts(g, m, kind)
     model = apply(g, m, identity)
     pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)
-    table, best, ranked, _ = g.add(
+    _, best, ranked, _ = g.add(
         "InfiniteIDScore",
+        preview=150,
         images=pictures,
         face_analysis=m.faces,
         identity=identity,
@@ -397,7 +404,6 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
         clip_vision=m.vision,
         prompt=kind.prompt if kind.micro else "",
     )
-    g.add("PreviewAny", title="Scores", preview=200, source=table)
     g.column("5. The best of them")
     g.add("SaveImage", preview=300, images=best, filename_prefix="infinite-id/best_of_batch")
     g.add("PreviewImage", title="All four by rank", preview=300, images=ranked)

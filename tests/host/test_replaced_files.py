@@ -97,7 +97,7 @@ def test_the_node_runs_again_where_its_file_was_replaced(
 ) -> None:
     assert key in executed(executor.run(prompt_of(key), ["out"]))
     assert executed(executor.run(prompt_of(key), ["out"])) == set()
-    replace_in_place(files[key])
+    replace_whole(files[key])
     again = executor.run(prompt_of(key), ["out"])
     assert key in executed(again) and not failures(again)
     assert executed(executor.run(prompt_of(key), ["out"])) == set()

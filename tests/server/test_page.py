@@ -49,9 +49,7 @@ def workflow(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A server of its own that lacks no file, and keeps no result: what is asked for, runs."""
-    arguments = ["--cache-none"]
-    if os.environ.get(frontend.VARIABLE):
-        arguments += ["--front-end-root", str(frontend.folder(str(VERSION)))]
+    arguments = ["--cache-none", *frontend.arguments()]
     host = Path(os.environ["COMFYUI_PATH"])
     with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=arguments) as running:
         for name in MODEL_FILES:

@@ -4,17 +4,21 @@ and Align Face's numbered preview, also where the node fails."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tools import frontend
 from tools.comfy_live import ComfyServer
 from tools.make_workflows import FOLDER
-from tools.page import Page, find_browser
+from tools.page import NODES_2, Page, find_browser
 
-BROWSER = find_browser()
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+ROOT = Path(__file__).resolve().parents[2]
+BROWSER = find_browser() or ""
+pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
 
 EMBEDDED = "microworld (embedded)"
 # Node -> its values, and from where its inputs come.
@@ -34,14 +38,23 @@ GRAPH: dict[str, tuple[dict[str, Any], dict[str, tuple[str, int]]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes 2.0"])
-def page(request: Any, server: ComfyServer) -> Iterator[Page]:
-    """The page in one of its renderers; the setting is set back for the other tests."""
-    assert BROWSER is not None
-    name = "Comfy.VueNodes.Enabled"
-    with Page(BROWSER, server.url, settings={name: request.param}) as opened:
+@pytest.fixture(scope="module")
+def served(server: ComfyServer) -> Iterator[ComfyServer]:
+    """The host with its own page, or with the one that INFINITE_ID_FRONTEND names."""
+    arguments = frontend.arguments()
+    if not arguments:
+        yield server
+        return
+    host = Path(os.environ["COMFYUI_PATH"])
+    with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "nodes 2"])
+def page(request: pytest.FixtureRequest, served: ComfyServer) -> Iterator[Page]:
+    """One page for all of this file, drawn in either way."""
+    with Page(BROWSER, served.url, settings={NODES_2: request.param}) as opened:
         yield opened
-        opened.run(f"fetch('/settings/{name}', {{method: 'POST', body: 'false'}}).then(() => true)")
 
 
 def build(page: Page, **changes: dict[str, Any]) -> None:
@@ -112,7 +125,7 @@ def test_texts_are_shown_on_their_nodes(page: Page) -> None:
 
 
 def test_the_numbered_preview_is_shown_where_the_node_fails(
-    page: Page, server: ComfyServer
+    page: Page, served: ComfyServer
 ) -> None:
     build(page, InfiniteIDAlignFace={"choose": "index", "index": 7})
     page.queue()
@@ -122,7 +135,7 @@ def test_the_numbered_preview_is_shown_where_the_node_fails(
     # One renderer draws on the canvas, the other has elements.
     drawn = f"({node}.imgs ?? []).some(image => image.naturalWidth > 100)"
     page.until(f"({drawn}) || {visible('[data-node-id] img', 'e.naturalWidth > 100')}", seconds=20)
-    last = max(server.get("/history").values(), key=lambda entry: entry["prompt"][0])
+    last = max(served.get("/history").values(), key=lambda entry: entry["prompt"][0])
     (failed,) = [data for kind, data in last["status"]["messages"] if kind == "execution_error"]
     assert failed["exception_type"].endswith("FaceIndexError")
 
