@@ -221,7 +221,7 @@ class BatchScores:
             face = _cell(self.m_face[n]) if self.found[n] else "no face"
             scores = f"{_cell(self.clip_i[n]):>7}  {_cell(self.clip_t[n]):>7}"
             lines.append(f"{rank:>4}  {n:>7}  {face:>7}  {scores}")
-        lines.append(f"M_face by {self.recogniser}; compare within one recogniser only.")
+        lines += [f"M_face by {self.recogniser};", "compare within one recogniser only."]
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ The newest release, or a version such as 1.58.1, is served by ComfyUI's --front-
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,19 @@ class FrontendError(Exception):
     """A release of the page cannot be had; the message says which and why."""
 
 
+@functools.cache
+def shown() -> tuple[str, tuple[str, ...]]:
+    """The version that ComfyUI is to show, and its arguments for that.
+
+    Raises:
+        FrontendError: another than its own is wanted, and cannot be had.
+    """
+    version = wanted()
+    if version is None:
+        return importlib.metadata.version(PACKAGE), ()  # the one it pins
+    return version, ("--front-end-root", str(folder(version)))
+
+
 def wanted() -> str | None:
     """The version that INFINITE_ID_FRONTEND names, 'newest' looked up; None: the host's own.
 
@@ -34,17 +48,6 @@ def wanted() -> str | None:
     """
     named = os.environ.get(VARIABLE)
     return newest() if named == NEWEST else named or None
-
-
-def arguments() -> list[str]:
-    """What to start ComfyUI with, so that it serves that version; nothing for the host's own."""
-    version = wanted()
-    return ["--front-end-root", str(folder(version))] if version else []
-
-
-def installed() -> str:
-    """The version that this environment serves by itself: the one its ComfyUI pins."""
-    return importlib.metadata.version(PACKAGE)
 
 
 def newest() -> str:

@@ -278,7 +278,7 @@ def save_identity(g: Graph, kind: Kind) -> None:
     g.column("3. Keep it, and try it")
     g.add(
         "InfiniteIDSaveIdentity",
-        preview=60,
+        preview=40,  # the line that says what was saved
         identity=identity,
         name="my person",
         if_exists="overwrite",
@@ -396,7 +396,7 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
     pictures = sampled(g, m, kind, model, prompts, "4. Four pictures", batch_size=4)
     _, best, ranked, _ = g.add(
         "InfiniteIDScore",
-        preview=150,
+        preview=180,  # the table
         images=pictures,
         face_analysis=m.faces,
         identity=identity,

@@ -27,9 +27,12 @@ BROWSER = find_browser() or ""
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
 
 NOTHING = {"missing": [], "red": [], "dialogs": []}
-VERSION = Version(frontend.wanted() or frontend.installed())
+VERSION, ARGUMENTS = frontend.shown()
 RENDERERS = {"canvas": {NODES_2: False}}
-if VERSION.release >= (1, 48):  # 1.27 tries Nodes 2.0, and draws no text and no picture in them
+if Version(VERSION).release >= (
+    1,
+    48,
+):  # 1.27 tries Nodes 2.0, and draws no text and no picture in them
     RENDERERS["nodes 2"] = {NODES_2: True}
 
 # What the `sdxl` workflows name: pages since 1.48 mark a node red whose file is not in the list.
@@ -49,7 +52,7 @@ def workflow(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A server of its own that lacks no file, and keeps no result: what is asked for, runs."""
-    arguments = ["--cache-none", *frontend.arguments()]
+    arguments = ("--cache-none", *ARGUMENTS)
     host = Path(os.environ["COMFYUI_PATH"])
     with ComfyServer(host=host, pack=ROOT, cpu=True, extra_args=arguments) as running:
         for name in MODEL_FILES:
@@ -66,6 +69,10 @@ def page(request: pytest.FixtureRequest, served: ComfyServer) -> Iterator[Page]:
     """One page for all of this file, drawn in either way."""
     with Page(BROWSER, served.url, settings=RENDERERS[request.param]) as opened:
         yield opened
+
+
+def test_the_page_is_of_the_release_that_is_meant(page: Page) -> None:
+    assert page.run("window.__COMFYUI_FRONTEND_VERSION__") == VERSION
 
 
 @pytest.mark.parametrize("file", [f"{n}.{kind}" for n in WORKFLOWS for kind in ("micro", "sdxl")])

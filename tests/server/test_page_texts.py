@@ -41,7 +41,7 @@ GRAPH: dict[str, tuple[dict[str, Any], dict[str, tuple[str, int]]]] = {
 @pytest.fixture(scope="module")
 def served(server: ComfyServer) -> Iterator[ComfyServer]:
     """The host with its own page, or with the one that INFINITE_ID_FRONTEND names."""
-    arguments = frontend.arguments()
+    _, arguments = frontend.shown()
     if not arguments:
         yield server
         return
