@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError
+from infinite_id_core.pictures import SUFFIXES
 
 from ..errors import NoPicturesError, ReferencePhotoError
-from ..prepare.photo import PhotoError, open_photo
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_MAX_SIDE = 4096  # pixels
-_MAX_PIXELS = 2**28
+from ..prepare.photo import PhotoError, read_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +54,7 @@ def _is_photo(path: Path) -> bool:
 
 def read_picture(path: Path) -> Tensor:
     """A picture upright as ``[H, W, 3]`` in [0, 1]. Raises ``PhotoError``."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PhotoError("unreadable", str(error)) from error
-    photo = open_photo(data, max_side=_MAX_SIDE, max_pixels=_MAX_PIXELS)
-    return torch.from_numpy(photo.picture.copy()).float() / 255.0
+    return torch.from_numpy(read_pixels(path).copy()).float() / 255.0
 
 
 def read_reference(path: Path) -> Tensor:
