@@ -22,7 +22,7 @@ from ..data_index import DatasetInfo, Filters
 from ..errors import disk_errors
 from .group import Grouped
 from .photo import PhotoError, open_photo
-from .sources import Blob, read_blob
+from .sources import NOT_PHOTOS, Blob, read_blob
 
 PEOPLE, PHOTOS_EACH, PER_REASON, PAIRS, SINGLES = 24, 8, 24, 20, 200
 _THUMB = 150  # pixels
@@ -38,13 +38,22 @@ REASONS = {
     "no_person": "It belongs to nobody: outside the folders, or without a name in its record.",
     "unreadable": "The system refused to read it.",
     "empty": "The file has no bytes.",
-    "not_an_image": "No known image format.",
+    "not_an_image": "No picture of a format that is read.",
+    "needs_package": "A format that needs a package which is not installed here.",
     "truncated": "The file ends before the picture does.",
     "corrupt": "The file is damaged.",
     "too_large": "More pixels or bytes than allowed; it was not decoded.",
     "too_small": "Too few pixels to hold a face.",
-    "shard_cut": "The shard ends early; its whole samples were read.",
+    "shard_cut": "The shard is cut or damaged; what was whole was read.",
     "not_a_shard": "Not a plain tar.",
+    "no_photos": "A shard without a photo.",
+    "scattered": "A caption or record that stands apart from its photo in a shard.",
+    "bad_sidecar": "A caption or record that cannot be read; its photo was used without it, and "
+    "without a licence if that was in it.",
+    "link": "A link that is not followed: in a circle, out of a tar, to something that is read "
+    "already, or no photo.",
+    "hidden": "Hidden, or made by the system beside the files (._*, .DS_Store, Thumbs.db).",
+    "other_file": "No photo, and no caption or record of one.",
 }
 
 
@@ -71,12 +80,14 @@ def _head(kept: pa.Table, dropped: pa.Table, info: DatasetInfo) -> str:
     names = set(kept["identity"].to_pylist())
     splits = zip(kept["identity"].to_pylist(), kept["split"].to_pylist(), strict=True)
     held = {name for name, split in splits if split == "held_out"}
+    others = sum(reason in NOT_PHOTOS for reason in dropped["dropped"].to_pylist())
     figures = [
-        (len(kept) + len(dropped), "photos read"),
+        (len(kept) + len(dropped) - others, "photos read"),
         (len(kept), "kept"),
         (len(names), "people"),
         (len(held), "of them held out"),
-        (len(dropped), "left out"),
+        (len(dropped) - others, "left out"),
+        (others, "other files, not used"),
     ]
     tiles = "".join(f"<div class=tile><b>{n:,}</b>{label}</div>" for n, label in figures)
     facts = "".join(
