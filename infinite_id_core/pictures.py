@@ -111,9 +111,9 @@ def _has_decoder(name: str) -> bool:
 
 
 def _register_heif() -> None:
-    require("pillow_heif", "to read HEIC photos (or save them as JPEG)", "pillow-heif")
+    reader = require("pillow_heif", "to read HEIC photos (or save them as JPEG)", "pillow-heif")
     if "HEIF" not in Image.OPEN:
-        require("pillow_heif", "to read HEIC photos", "pillow-heif").register_heif_opener()
+        reader.register_heif_opener()
 
 
 def open_picture(data: bytes) -> ImageFile.ImageFile:
