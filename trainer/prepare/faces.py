@@ -144,8 +144,12 @@ def _spread(face: DetectedFace) -> float:
     return float(np.ptp(face.landmarks, axis=0).max())
 
 
-def candidates(found: Sequence[DetectedFace], *, labelled: bool) -> Sequence[DetectedFace]:
+def candidates(
+    found: Sequence[DetectedFace], *, labelled: bool, every: bool = False
+) -> Sequence[DetectedFace]:
     """Which faces of a photo, largest first, may be its person's; grouping chooses among them."""
+    if every:
+        return found
     if not labelled:
         return found[:1]
     return [face for face in found[:MAX_FACES] if face.area >= MIN_AREA * found[0].area]

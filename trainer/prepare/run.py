@@ -35,7 +35,7 @@ from .manifest import (
     remove_leftovers,
 )
 from .options import Places, PrepareOptions, RunOptions
-from .report import write_report
+from .report import photos_with_more_faces, write_report
 from .sources import NOT_PHOTOS, Listing, Part, list_input
 from .stages import (
     FACES,
@@ -58,6 +58,8 @@ class Summary:
     identities: int
     held_out: int
     """People kept out of training."""
+    more_faces: int
+    """Kept photos that show more faces than the one that was used."""
     shards: int
     bytes: int
     seconds: float
@@ -115,6 +117,7 @@ class _Run:
             info=info,
             identities=len(people),
             held_out=sum(split == "held_out" for _, split in people),
+            more_faces=photos_with_more_faces(grouped.kept, info.options),
             shards=len(written),
             bytes=sum(t.outputs[0].stat().st_size for t in written),
             seconds=time.monotonic() - started,
@@ -127,7 +130,7 @@ class _Run:
         """The parts, and how many faces they hold."""
         labelled = listing.labelled or bool(self.options.identity_field)
         formats = readable_formats()
-        made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes",
+        made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes", "faces",
                 "identity_field", "licence")  # fmt: skip
         tasks = [
             Task(

@@ -183,7 +183,7 @@ def _photo_rows(
     if not found:
         return [{**row, "dropped": "no_face", "detail": "the detector found none"}]
     row["faces"] = len(found)
-    kept = faces.candidates(found, labelled=arguments.labelled)
+    kept = faces.candidates(found, labelled=arguments.labelled, every=options.faces == "all")
     return [{**row, "face": n, **_face_row(photo, face)} for n, face in enumerate(kept)]
 
 
