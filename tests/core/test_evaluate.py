@@ -29,6 +29,7 @@ from trainer.errors import (
     NoPicturesError,
     ReferencePhotoError,
     UnknownBackboneError,
+    UnreadableError,
 )
 from trainer.evaluate import backbones, cli, figures, main, people, pictures
 from trainer.evaluate.manifest import COLUMNS, Row, check_files, read_manifest, write_manifest
@@ -281,6 +282,26 @@ def test_references_and_pictures_that_cannot_be_used(rows, tmp_path):
         measure(rows, MadeReader(), None)
     with pytest.raises(NoPicturesError, match="None of the 1 pictures.*not_an_image"):
         measure(rows[4:], MadeReader(), None)
+
+
+def test_a_folder_of_references_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "anna").mkdir()
+    listed = Path.iterdir
+
+    def refused(self):
+        if self.name == "anna":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UnreadableError, match="anna.*Permission denied"):
+        people.read_people(tmp_path)
+
+
+def test_a_broken_picture_is_told_without_its_folder(tmp_path):
+    with pytest.raises(ReferencePhotoError) as caught:
+        people.read_reference(tmp_path / "gone.png")
+    assert caught.value.problem.count(str(tmp_path)) == 0 and "unreadable" in str(caught.value)
 
 
 # --- reports -------------------------------------------------------------------------------------

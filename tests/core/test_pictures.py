@@ -10,10 +10,11 @@ import struct
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageFile, PngImagePlugin
 
 from infinite_id_core import pictures
 from infinite_id_core.errors import (
@@ -170,7 +171,36 @@ def test_heic_names_its_package(monkeypatch):
     with pytest.raises(PhotoError) as caught:
         open_photo(HEIC, **LIMITS)
     assert caught.value.reason == "needs_package" and "pillow-heif" in caught.value.detail
+    assert sys.executable not in caught.value.detail  # it goes into reports
     assert "HEIF" not in pictures.readable_formats()
+
+
+def test_heic_is_read_where_its_package_is(monkeypatch):
+    """The package's part is played by a plugin that takes the file's last bytes for a PNG."""
+
+    class Plugin(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self.fp.seek(0)
+            with Image.open(io.BytesIO(self.fp.read()[len(HEIC) :])) as inner:
+                self.kept = inner.convert("RGB")
+            self._size, self._mode, self.tile = self.kept.size, "RGB", []
+
+        def load(self):
+            self.im = self.kept.im
+            return self.im.pixel_access(False)
+
+    def register() -> None:
+        Image.register_open("HEIF", Plugin, lambda prefix: prefix[4:8] == b"ftyp")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    found = open_photo(HEIC + encoded(smooth(), "PNG"), **LIMITS)
+    assert (found.picture == np.asarray(smooth())).all()
+    assert (found.extension, found.keep_bytes) == ("jpg", False)
+    assert "HEIF" in pictures.readable_formats()
 
 
 def test_avif_and_heic_are_told_apart_by_all_their_brands():

@@ -116,7 +116,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except UnknownPictureError as error:
         raise PhotoError("not_an_image", str(error)) from error
     except MissingPackageError as error:
-        raise PhotoError("needs_package", str(error)) from error
+        # The error's own text names this machine's Python; this one goes into reports.
+        advice = "HEIC needs a package: pip install pillow-heif (or save it as JPEG)"
+        raise PhotoError("needs_package", advice) from error
     except DamagedPictureError as error:
         raise PhotoError(_reason(error), str(error)) from error
 
