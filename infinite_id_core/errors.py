@@ -166,6 +166,19 @@ class ImageError(InfiniteIDError, ValueError):
     """A picture is empty, has an impossible shape or is too large."""
 
 
+class UnknownPictureError(ImageError):
+    """A file of no picture format that is read, whatever its name says. No decoder saw it."""
+
+
+class DamagedPictureError(ImageError):
+    """A picture's file that cannot be decoded: damaged, cut, or of too many pixels."""
+
+    def __init__(self, problem: str, *, truncated: bool = False, too_large: bool = False) -> None:
+        super().__init__(problem)
+        self.truncated = truncated
+        self.too_large = too_large
+
+
 class FaceError(InfiniteIDError):
     """Something about faces."""
 

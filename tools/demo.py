@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from infinite_id_core.errors import InfiniteIDError
+from infinite_id_core.pictures import read_picture
 
 from .comfy_live import ComfyLiveError, ComfyServer, ImageRef, Result
 from .strip import strip
@@ -238,8 +239,8 @@ def make(host: Host, options: argparse.Namespace) -> Path:
 
 def strip_of(reference: bytes, made: list[tuple[bytes, str]]) -> bytes:
     """The reference and the pictures made from it, captions below, as PNG."""
-    opened = [(Image.open(io.BytesIO(data)), caption) for data, caption in made]
-    first = ImageOps.exif_transpose(Image.open(io.BytesIO(reference)))
+    opened = [(read_picture(data), caption) for data, caption in made]
+    first = read_picture(reference)
     buffer = io.BytesIO()
     strip([(first, "the reference"), *opened]).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -10,6 +10,8 @@ import sys
 
 from PIL import Image
 
+from infinite_id_core.pictures import read_picture
+
 from .comfy_live import ComfyServer
 from .make_workflows import FOLDER, ROOT, WORKFLOWS
 from .page import Page, find_browser
@@ -38,9 +40,8 @@ def main() -> int:
                 page.fit()
                 path = IMAGES / f"workflow_{name}.png"
                 page.screenshot(path)
-                Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(
-                    path, optimize=True
-                )
+                shot = read_picture(path.read_bytes())
+                shot.convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)
                 print(path.relative_to(ROOT), path.stat().st_size, page.trouble(), page.problems)
     return 0
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from infinite_id_core.adapter import Adapter
@@ -34,6 +34,7 @@ from infinite_id_core.face import AlignedFace, FaceOptions, find_faces_in_batch,
 from infinite_id_core.host_diffusers import AppliedIdentity, Prompt, SamplingOptions
 from infinite_id_core.host_diffusers import sample as sample_latents
 from infinite_id_core.identity import Identity
+from infinite_id_core.pictures import read_picture
 from infinite_id_core.schedule import SCHEDULER, NoiseSchedule
 from microworld import files
 from trainer.config import Encoder
@@ -238,7 +239,7 @@ NODES: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 def load_image(data: bytes) -> tuple[Tensor]:
     """`[1, H, W, 3]` in [0, 1], as LoadImage reads a still picture."""
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    picture = read_picture(data)
     if picture.mode == "I":
         picture = picture.point(lambda value: value * (1 / 255))
     return (torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255.0)[None],)

@@ -7,11 +7,8 @@ A section's dataclass names its keys, their defaults and their ranges, and is ch
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import math
-import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from infinite_id_core.attention import MIXING, STYLE, Mixing, StreamOptions, Style
-from infinite_id_core.errors import FileMissingError, OptionError
+from infinite_id_core.errors import OptionError
 from infinite_id_core.face import DEFAULT_PADDING
 from infinite_id_core.identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
-from infinite_id_core.packages import require
 from infinite_id_core.schedule import SCHEDULER, TIMESTEPS, Scheduler
 
 from .data_index import Filters
 from .errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
+from .toml_files import parse_toml, read_toml
 
 Mode = Literal["identity", "entangled"]
 PooledText = Literal["zeros", "empty"]
@@ -378,16 +375,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A TOML file with ``section.key=value`` overrides.
 
     Relative paths in it are relative to the working directory. Raises ``FileMissingError``,
-    ``ConfigSyntaxError``, ``UnknownKeyError`` (naming the nearest valid key),
+    ``UnreadableError``, ``ConfigSyntaxError``, ``UnknownKeyError`` (naming the nearest valid key),
     ``ConfigValueError``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileMissingError(path, "no such configuration file.")
-    try:
-        values = _toml().loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigSyntaxError(f"{path}: is not TOML ({error}).") from error
+    values = read_toml(path)
     for override in overrides:
         _override(values, override)
     return parse_config(values, str(path))
@@ -458,18 +450,12 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not dot or not key:
         raise ConfigSyntaxError(f"--set expects section.key=value, got {text!r}.")
     try:
-        value = _toml().loads(f"value = {raw}")["value"]
-    except ValueError:
-        value = raw.strip()  # a bare word or path
+        value = parse_toml(f"value = {raw}", "--set")["value"]
+    except ConfigSyntaxError:
+        value = raw.strip().strip("\"'")  # a bare word or path
     entries = values.setdefault(section, {})
     if isinstance(entries, dict):
         entries[key] = value
-
-
-def _toml() -> types.ModuleType:
-    if sys.version_info >= (3, 11):
-        return importlib.import_module("tomllib")
-    return require("tomli", "to read TOML with this version of Python", "tomli")
 
 
 # --- checks ----------------------------------------------------------------------------------

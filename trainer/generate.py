@@ -36,8 +36,9 @@ from infinite_id_core.identity import Identity
 from infinite_id_core.schedule import SCHEDULER
 
 from .config import Encoder
+from .errors import ReferencePhotoError
+from .prepare.photo import PhotoError, read_pixels
 from .prompts import PromptFile, read_prompts, write_prompts
-from .shards import to_rgb
 from .text import load_text_encoders
 from .training.features import load_clip_vision
 from .unet import HEAD_WIDTH, MICROWORLD, load_unet
@@ -151,10 +152,15 @@ def _random_adapter() -> Adapter:
 def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: str) -> Identity:
     """The identity of the largest face of a photo, with the encoders the adapter names.
 
-    Raises ``NoFaceError``, ``ImageError``, and what loading the encoders raises.
+    Raises ``NoFaceError``, ``ReferencePhotoError``, and what loading the encoders raises.
     """
     config = adapter.config
-    pixels = np.asarray(to_rgb(Image.open(photo)), dtype=np.float32) / 255.0
+    try:
+        pixels = read_pixels(photo).astype(np.float32) / 255.0
+    except PhotoError as error:
+        raise ReferencePhotoError(
+            photo, f"the photo cannot be read: {error.reason} ({error.detail})."
+        ) from error
     folder = Path(face_models) if face_models else _embedded_faces()
     app = load_face_models(folder.name, [folder.parent.parent])
     found = find_faces(app, torch.from_numpy(pixels), FaceOptions())

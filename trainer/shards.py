@@ -28,9 +28,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from infinite_id_core.identity import FACE_WIDTH
+from infinite_id_core.pictures import read_picture, to_rgb
 
 from .errors import DatasetError, ShardDamagedError
 
@@ -175,21 +176,6 @@ _AGAIN = "Run 'python -m trainer prepare' again with the same input; it rewrites
 def decode_photo(data: bytes) -> Image.Image:
     """A stored photo as an upright RGB picture; transparency is laid over white.
 
-    Boxes and landmarks of the index are in this picture's pixels.
+    Boxes and landmarks of the index are in this picture's pixels. Raises ``ImageError``.
     """
-    return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode as RGB: 16-bit grey is scaled, palettes resolved, alpha laid over white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if values.max(initial=0.0) <= 255.0 else 65535.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        under = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(under, image)
-    return image.convert("RGB")
+    return to_rgb(read_picture(data))

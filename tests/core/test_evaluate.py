@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from infinite_id_core import errors
+from infinite_id_core.cells import csv_cell, from_csv_cell
 from infinite_id_core.metrics import BootstrapOptions
 from infinite_id_core.score import PackReader, ReadFace
 from microworld import files
@@ -26,6 +29,7 @@ from trainer.errors import (
     NoPicturesError,
     ReferencePhotoError,
     UnknownBackboneError,
+    UnreadableError,
 )
 from trainer.evaluate import backbones, cli, figures, main, people, pictures
 from trainer.evaluate.manifest import COLUMNS, Row, check_files, read_manifest, write_manifest
@@ -98,7 +102,7 @@ def test_what_is_no_manifest(tmp_path, name, text, message):
 def test_a_manifest_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(errors.FileMissingError):
         read_manifest(tmp_path / "none.csv")
-    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "m.csv").write_bytes("картинка".encode("cp1251"))
     with pytest.raises(ManifestError, match="UTF-8"):
         read_manifest(tmp_path / "m.csv")
 
@@ -280,6 +284,26 @@ def test_references_and_pictures_that_cannot_be_used(rows, tmp_path):
         measure(rows[4:], MadeReader(), None)
 
 
+def test_a_folder_of_references_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "anna").mkdir()
+    listed = Path.iterdir
+
+    def refused(self):
+        if self.name == "anna":
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UnreadableError, match="anna.*Permission denied"):
+        people.read_people(tmp_path)
+
+
+def test_a_broken_picture_is_told_without_its_folder(tmp_path):
+    with pytest.raises(ReferencePhotoError) as caught:
+        people.read_reference(tmp_path / "gone.png")
+    assert caught.value.problem.count(str(tmp_path)) == 0 and "unreadable" in str(caught.value)
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 
@@ -300,6 +324,57 @@ def test_the_files_hold_the_scores(rows, tmp_path):
     page = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert f"| good | 3 | {cell(summary.methods[0].detected)} |" in page
     assert "## Unreadable: 1" in page
+
+
+def test_texts_of_others_are_neither_formulas_nor_markup_and_folders_stay_private(rows, tmp_path):
+    hostile = '=HYPERLINK("http://x")|<script>*b*\n# head'
+    mine = [replace(row, method=hostile, prompt="+1 cat", seed="-7") for row in rows[:2]]
+    bad = replace(rows[4], category="@cmd|x")
+    found = measure([*mine, bad], MadeReader(), None)
+    folder = tmp_path / "out"
+    write_pictures(folder / "pictures.csv", found)
+    with (folder / "pictures.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["method"] == "'" + hostile
+    assert (lines[0]["prompt"], lines[0]["seed"]) == ("'+1 cat", "-7")
+    assert lines[2]["category"] == "'@cmd|x"
+    settings = {
+        "adapter": str(tmp_path / "a.safetensors"),
+        "method": [f"m:adapter={tmp_path / 'b.safetensors'},strength=1", "c:adapter=C:\\me\\x.bin"],
+        "output": str(tmp_path),
+        "prompts": ["and/or"],
+        "clip": f"ViT-H-14={tmp_path / 'v|`.safetensors'}",
+    }
+    write_summary(folder, found, summarise(found), settings)
+    shown = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["settings"]
+    assert shown["adapter"] == "a.safetensors" and shown["prompts"] == ["and/or"]
+    assert shown["method"] == ["m:adapter=b.safetensors,strength=1", "c:adapter=x.bin"]
+    page = (folder / "summary.md").read_text(encoding="utf-8")
+    assert "<script" not in page and "\n# head" not in page
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert any("HYPERLINK" in line for line in tables)
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables[:3]}
+    assert len(columns) == 1  # a bar in a name makes no column
+    for name in ("pictures.csv", "summary.json", "summary.md"):
+        assert str(tmp_path) not in (folder / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "'=1", "''@x", "-7", "'quoted'", "+cat", "\tx", "＝1", ""]
+)
+def test_quoted_cells_come_back_as_they_were(text):
+    assert from_csv_cell(csv_cell(text)) == text
+    assert not csv_cell(text).startswith(("=", "+", "@", "\t", "\uff1d"))
+
+
+def test_a_manifest_with_formulas_and_in_utf_16_is_read_back(tmp_path):
+    places = {"image": tmp_path / "a.png", "reference": tmp_path / "-b.png"}
+    row = Row(**places, identity="=x", prompt="-é 'x'", seed="-1", method="@m")
+    path = tmp_path / "m.csv"
+    write_manifest(path, [row])
+    assert "'=x" in path.read_text(encoding="utf-8")
+    path.write_bytes(path.read_text(encoding="utf-8").encode("utf-16"))  # as a spreadsheet saves it
+    assert read_manifest(path) == [row]
 
 
 def test_the_contact_sheet_has_reference_first_people_in_rows_prompts_in_columns(rows):

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     measured = _measure(values, rows, people)
     summary = summarise(measured, options)
     _write(values, measured, summary, sheets)
-    print(markdown(measured, summary, _settings(values)), end="")
+    print(markdown(measured, summary, _settings(values), values.output), end="")
     for path, why in unreadable(measured).items():
         print(f"{path}: {why}", file=sys.stderr)
     print(f"\n{values.output}", file=sys.stderr)

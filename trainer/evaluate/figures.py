@@ -15,7 +15,7 @@ from infinite_id_core.errors import OptionError
 from infinite_id_core.packages import require
 
 from ..errors import disk_errors
-from ..prepare.photo import PhotoError, open_photo
+from ..prepare.photo import PhotoError, read_pixels
 from .manifest import Row
 from .summary import MethodSummary
 
@@ -78,10 +78,9 @@ def _thumbnail(path: Path | None, side: int) -> Image.Image:
     if path is None:
         return square
     try:
-        photo = open_photo(path.read_bytes(), max_side=side, max_pixels=2**28)
-    except (PhotoError, OSError):
+        picture = Image.fromarray(read_pixels(path, max_side=side))
+    except PhotoError:
         return square
-    picture = Image.fromarray(photo.picture)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infinite_id_core.cells import csv_cell, from_csv_cell
 from infinite_id_core.checkpoint import replacing
 from infinite_id_core.errors import FileMissingError
 
 from ..errors import ManifestError, MissingPicturesError, disk_errors
+from ..texts import decode_text
 
 COLUMNS = ("image", "reference", "identity", "prompt", "seed", "method")
 _FILLED = ("image", "reference", "identity", "method")  # never empty
@@ -47,9 +49,11 @@ def read_manifest(path: str | Path) -> list[Row]:
     if not path.is_file():
         raise FileMissingError(path, "no such manifest.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(path, f"cannot be read as UTF-8 text ({error}).") from error
+        text = decode_text(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(path, f"cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ManifestError(path, str(error)) from error
     read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     rows = [_row(path, line, record) for line, record in read(path, text)]
     if not rows:
@@ -62,7 +66,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     _check_columns(path, reader.fieldnames or [])
     try:
         for record in reader:
-            yield reader.line_num, record
+            cells = {k: from_csv_cell(v) for k, v in record.items() if isinstance(v, str)}
+            yield reader.line_num, cells
     except csv.Error as error:
         raise ManifestError(path, f"line {reader.line_num} is no CSV ({error}).") from error
 
@@ -112,7 +117,8 @@ def write_manifest(path: Path, rows: Sequence[Row]) -> None:
     writer.writeheader()
     for row in rows:
         places = {n: _relative(getattr(row, n), path.parent) for n in ("image", "reference")}
-        writer.writerow({**asdict(row), **places})
+        cells = {**asdict(row), **places}
+        writer.writerow({name: csv_cell(value) for name, value in cells.items()})
     with disk_errors(path), replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,11 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError
+from infinite_id_core.pictures import SUFFIXES
 
-from ..errors import NoPicturesError, ReferencePhotoError
-from ..prepare.photo import PhotoError, open_photo
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_MAX_SIDE = 4096  # pixels
-_MAX_PIXELS = 2**28
+from ..errors import NoPicturesError, ReferencePhotoError, UnreadableError
+from ..prepare.folders import is_hidden
+from ..prepare.photo import PhotoError, read_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +29,16 @@ def read_people(folder: Path) -> list[Person]:
     """A subfolder is a person with its photos in the order of their names; a photo directly in
     the folder is a person of its own.
 
-    Raises ``FileMissingError``, ``NoPicturesError``.
+    Raises ``FileMissingError``, ``NoPicturesError``, ``UnreadableError``.
     """
     if not folder.is_dir():
         raise FileMissingError(folder, "no such folder of reference photos.")
-    people = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            photos = tuple(sorted(p for p in entry.iterdir() if _is_photo(p)))
-            people += [Person(name=entry.name, photos=photos)] if photos else []
-        elif _is_photo(entry):
-            people.append(Person(name=entry.stem, photos=(entry,)))
+    try:
+        people = [person for entry in sorted(folder.iterdir()) for person in _person(entry)]
+    except OSError as error:
+        raise UnreadableError(
+            error.filename or folder, f"cannot be listed ({error.strerror})."
+        ) from error
     if not people:
         raise NoPicturesError(
             f"{folder} holds no photo ({', '.join(sorted(SUFFIXES))}). Put photos there, or a "
@@ -51,18 +47,23 @@ def read_people(folder: Path) -> list[Person]:
     return people
 
 
+def _person(entry: Path) -> Iterator[Person]:
+    """Nobody, or the person of one entry of the folder."""
+    if entry.is_dir() and not is_hidden(entry.name):
+        photos = tuple(sorted(p for p in entry.iterdir() if _is_photo(p)))
+        if photos:
+            yield Person(name=entry.name, photos=photos)
+    elif _is_photo(entry):
+        yield Person(name=entry.stem, photos=(entry,))
+
+
 def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path.name) and path.is_file()
 
 
 def read_picture(path: Path) -> Tensor:
     """A picture upright as ``[H, W, 3]`` in [0, 1]. Raises ``PhotoError``."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PhotoError("unreadable", str(error)) from error
-    photo = open_photo(data, max_side=_MAX_SIDE, max_pixels=_MAX_PIXELS)
-    return torch.from_numpy(photo.picture.copy()).float() / 255.0
+    return torch.from_numpy(read_pixels(path).copy()).float() / 255.0
 
 
 def read_reference(path: Path) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import PromptSetError
+from ..texts import decode_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompt_sets"
 SUBJECT = "{person}"
@@ -37,8 +38,8 @@ def load_prompt_set(name: str, subject: str = "a person") -> tuple[EvalPrompt, .
     """
     path = FOLDER / f"{name}.txt" if name in known_sets() else Path(name)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(path.read_bytes()).splitlines()
+    except (OSError, ValueError) as error:
         raise PromptSetError(
             name, f"is neither a set of this project ({', '.join(known_sets())}) nor a text file "
             f"that can be read ({error})."

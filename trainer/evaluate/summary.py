@@ -14,6 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infinite_id_core.cells import (
+    code_cell,
+    csv_cell,
+    markdown_cell,
+    shown_path,
+    without_folders,
+)
 from infinite_id_core.checkpoint import replacing
 from infinite_id_core.metrics import (
     BootstrapOptions,
@@ -131,7 +138,10 @@ def _summary(
 
 
 def write_pictures(path: Path, measured: Measured) -> None:
-    """A CSV with a line a picture; unmeasured scores are empty. Raises ``DiskFullError``."""
+    """A CSV with a line a picture; unmeasured scores are empty. Raises ``DiskFullError``.
+
+    Paths start at the CSV's folder; of pictures elsewhere the last two parts are written.
+    """
     scores = ("m_face", "clip_i", "clip_t", "fidelity", "copy_paste")
     columns = {name: getattr(measured, name) for name in scores}
     text = io.StringIO(newline="")
@@ -139,9 +149,10 @@ def write_pictures(path: Path, measured: Measured) -> None:
     writer.writerow([*_COLUMNS, *scores])
     for i, row in enumerate(measured.rows):
         values = [columns[name][i] for name in scores]
-        known = {**vars(row), "status": measured.status[i]}
+        places = {n: shown_path(getattr(row, n), path.parent) for n in ("image", "reference")}
+        known = {**vars(row), **places, "status": measured.status[i]}
         numbers = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
-        writer.writerow([*(known[name] for name in _COLUMNS), *numbers])
+        writer.writerow([*(csv_cell(known[name]) for name in _COLUMNS), *numbers])
     _write(path, text.getvalue())
 
 
@@ -149,6 +160,7 @@ def write_summary(
     folder: Path, measured: Measured, summary: Summary, settings: dict[str, Any]
 ) -> None:
     """``summary.json`` and ``summary.md``. Raises ``DiskFullError``."""
+    settings = {name: _without_folders(value) for name, value in settings.items()}
     content = {
         "settings": settings,
         "recogniser": measured.recogniser,
@@ -158,10 +170,10 @@ def write_summary(
             kind: [method.to_json() for method in methods]
             for kind, methods in summary.categories.items()
         },
-        "unreadable": unreadable(measured),
+        "unreadable": _shown(unreadable(measured), folder),
     }
     _write(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "summary.md", markdown(measured, summary, settings))
+    _write(folder / "summary.md", markdown(measured, summary, settings, folder))
 
 
 def unreadable(measured: Measured) -> dict[str, str]:
@@ -170,13 +182,27 @@ def unreadable(measured: Measured) -> dict[str, str]:
     return {str(row.image): status for row, status, readable in listed if not readable}
 
 
-def markdown(measured: Measured, summary: Summary, settings: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def _shown(pictures: dict[str, str], folder: Path) -> dict[str, str]:
+    return {shown_path(path, folder): why for path, why in pictures.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    """An option's value as a report shows it."""
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    return without_folders(value) if isinstance(value, str) else value
+
+
+def markdown(
+    measured: Measured, summary: Summary, settings: dict[str, Any], folder: Path = Path()
+) -> str:
+    """The report as Markdown; ``folder``: where it stands, for paths."""
     level = settings.get("level", 0.95)
     lines = [
         "# Scores",
         "",
-        f"E_face: `{measured.recogniser}`. E_clip: `{settings.get('clip', 'none')}`. Means with "
+        f"E_face: {code_cell(measured.recogniser)}. E_clip: "
+        f"{code_cell(without_folders(str(settings.get('clip', 'none'))))}. Means with "
         f"{level:.0%} bootstrap intervals, whole identities resampled. Compare within this table "
         "only: absolute values differ between backbones.",
         "",
@@ -189,11 +215,11 @@ def markdown(measured: Measured, summary: Summary, settings: dict[str, Any]) -> 
         )
         lines += ["", text]
     for kind, methods in summary.categories.items():
-        lines += ["", f"## {kind}", "", *_table(methods)]
-    bad = unreadable(measured)
+        lines += ["", f"## {markdown_cell(kind)}", "", *_table(methods)]
+    bad = _shown(unreadable(measured), folder)
     if bad:
         lines += ["", f"## Unreadable: {len(bad)}", ""]
-        lines += [f"- {path}: {why}" for path, why in bad.items()]
+        lines += [f"- {markdown_cell(path)}: {markdown_cell(why)}" for path, why in bad.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -206,7 +232,7 @@ def _table(methods: Sequence[MethodSummary]) -> list[str]:
     }
     head = ["method", "pictures", *columns]
     rows = [
-        [m.method.replace("|", "/"), str(m.pictures)]
+        [markdown_cell(m.method), str(m.pictures)]
         + [cell(getattr(m, name)) for name in columns.values()]
         for m in methods
     ]

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .options import ENGINES, KINDS, Places, PrepareOptions, RunOptions
+from .options import ENGINES, FACE_CHOICES, KINDS, Places, PrepareOptions, RunOptions
 
 _HELP = {
     "kind": "how the input is laid out: a folder per person, an unlabelled heap, .tar shards",
@@ -16,6 +16,8 @@ _HELP = {
     "licence": "licence of photos that come without one",
     "detector_size": "side of the detector's input, pixels",
     "min_detection": "the detector's confidence from which a face counts",
+    "faces": "which faces of a photo are used: only the largest (in a person's folder: the one "
+    "most like the person), or all, each for its own person",
     "max_side": "re-encode photos with a longer side once at this side, pixels",
     "max_pixels": "skip photos that would decode to more pixels",
     "max_bytes": "skip files larger than this",
@@ -35,7 +37,7 @@ _HELP = {
     "provider": "ONNX Runtime provider: auto, cpu, cuda, rocm, coreml, directml",
     "ray_address": "Ray: address of a cluster (default: RAY_ADDRESS, else this machine)",
 }
-_CHOICES = {"kind": KINDS, "engine": ENGINES}
+_CHOICES = {"kind": KINDS, "faces": FACE_CHOICES, "engine": ENGINES}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,6 +59,11 @@ def main(argv: Sequence[str]) -> int:
         f"{summary.shards} shards, {summary.bytes / 2**20:.1f} MB, {summary.seconds:.1f} s"
     )
     print(f"left out: {left_out or 'nothing'}")
+    if summary.more_faces:
+        print(
+            f"{summary.more_faces} of these photos show more than one face; one face of each was "
+            "used. --faces all uses each for its own person."
+        )
     if run.report:
         print(f"report: {values['output'] / 'report.html'}")
     return 0

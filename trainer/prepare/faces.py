@@ -30,6 +30,7 @@ ALIGNED_SIZE = 112  # pixels, ArcFace's
 SHARPNESS_SIZE = 224  # pixels: fine enough to tell a blurred large face
 BATCH = 64
 MAX_FACES = 4  # of one photo of a labelled person, largest first,
+MAX_ASPECT = 16  # of what the detector is given
 MIN_AREA = 0.25  # and none with less than this share of the largest one's area
 
 
@@ -99,7 +100,7 @@ def detect(models: FaceModels, picture: Picture, *, retry: bool) -> list[Detecte
     """
     app = load(models)
     height, width = picture.shape[:2]
-    boxes, points = app.det_model.detect(_bgr(picture))
+    boxes, points = app.det_model.detect(_bgr(_widened(picture)))
     found = [
         DetectedFace(
             box=_clipped(box[:4], width, height),
@@ -114,6 +115,14 @@ def detect(models: FaceModels, picture: Picture, *, retry: bool) -> list[Detecte
         found = [f for f in detect_faces(app, tensor)[0] if f.score >= models.min_detection]
     usable = [face for face in found if face.area > 0 and _spread(face) > 1.0]
     return sorted(usable, key=lambda face: (-face.area, face.box))
+
+
+def _widened(picture: Picture) -> Picture:
+    """A strip with black beside it: shrunk to the detector's size it would have no pixel left."""
+    height, width = picture.shape[:2]
+    below = max(0, -(-width // MAX_ASPECT) - height)
+    right = max(0, -(-height // MAX_ASPECT) - width)
+    return np.pad(picture, ((0, below), (0, right), (0, 0))) if below or right else picture
 
 
 def _bgr(picture: Picture) -> Picture:
@@ -135,8 +144,12 @@ def _spread(face: DetectedFace) -> float:
     return float(np.ptp(face.landmarks, axis=0).max())
 
 
-def candidates(found: Sequence[DetectedFace], *, labelled: bool) -> Sequence[DetectedFace]:
+def candidates(
+    found: Sequence[DetectedFace], *, labelled: bool, every: bool = False
+) -> Sequence[DetectedFace]:
     """Which faces of a photo, largest first, may be its person's; grouping chooses among them."""
+    if every:
+        return found
     if not labelled:
         return found[:1]
     return [face for face in found[:MAX_FACES] if face.area >= MIN_AREA * found[0].area]

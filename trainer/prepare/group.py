@@ -54,6 +54,8 @@ class Columns:
     """Number of the photo, over all parts."""
     face: Ints
     sha256: Texts
+    key: Texts
+    """Unique among what may be kept: of the photo, or where each face counts of the face."""
     label: Texts
     name: Texts
     """The photo's name for people."""
@@ -66,16 +68,23 @@ class Columns:
 
 def group_photos(table: pa.Table, labelled: bool, options: PrepareOptions) -> Grouped:
     """Decide for every row of ``table`` (``FACES`` and ``EMBEDDINGS``, parts in order)."""
-    columns = columns_of(table)
+    every = options.faces == "all"
+    columns = columns_of(table, every=every)
     reason = Reasons(table)
     _drop_same_files(columns, reason)
     if labelled:
         reason.drop(reason.open & (columns.label == ""), "no_person", "no name in its record")
         names = columns.label
         _choose_faces(columns, reason)
+        if every:
+            names = _share_out(columns, reason, options.link_cosine)
     else:
-        reason.drop(reason.open & (columns.face > 0), "other_face", "not the largest of its photo")
+        if not every:
+            others = reason.open & (columns.face > 0)
+            reason.drop(others, "other_face", "not the largest of its photo")
         names = _name_groups(columns, reason.open, options)
+    if every:
+        _one_face_each(columns, names, reason)
     similarity = _purify(columns, names, reason, options.purify_cosine)
     group = _drop_near_duplicates(columns, names, reason, options)
     _drop_singles(names, reason, options.min_photos)
@@ -100,16 +109,21 @@ class Reasons:
         self.detail[rows] = detail if isinstance(detail, str) else np.array(detail, object)
 
 
-def columns_of(table: pa.Table) -> Columns:
-    """Columns for decisions from a table of faces; rows without a face have embedding 0."""
+def columns_of(table: pa.Table, *, every: bool = False) -> Columns:
+    """Columns for decisions from a table of faces; rows without a face have embedding 0.
+
+    ``every``: each face of a photo may be kept.
+    """
     column = table["embedding"].combine_chunks().fill_null(pa.scalar([0.0] * 512, _EMBEDDING))
     raw = column.flatten().to_numpy().reshape(len(table), -1)
     length = np.linalg.norm(raw, axis=1, keepdims=True)
     pixels = _number(table, "width") * _number(table, "height")
+    face, sha256 = _number(table, "face").astype(np.int64), _text(table, "source_sha256")
     return Columns(
         photo=_number(table, "photo").astype(np.int64),
-        face=_number(table, "face").astype(np.int64),
-        sha256=_text(table, "source_sha256"),
+        face=face,
+        sha256=sha256,
+        key=_keys(sha256, face if every else np.zeros_like(face)),
         label=_text(table, "identity"),
         name=_text(table, "name"),
         embedding=(raw / np.maximum(length, 1e-12)).astype(np.float32),
@@ -148,8 +162,13 @@ def _same_as(columns: Columns, row: np.intp, original: np.intp) -> str:
     return f"the same file as {columns.name[original]}{other}"
 
 
-def _key(columns: Columns, row: int | np.intp) -> str:
-    return str(columns.sha256[row])[:_KEY_DIGITS]
+def _keys(sha256: Texts, face: Ints) -> Texts:
+    """The photo's hash; of its second face and later ones a hash of that and the number."""
+    keys = [
+        hashlib.sha256(f"{photo}:{number}".encode()).hexdigest() if number > 0 else str(photo)
+        for photo, number in zip(sha256, face, strict=True)
+    ]
+    return np.array([key[:_KEY_DIGITS] for key in keys], dtype=object)
 
 
 # --- people ----------------------------------------------------------------------------------
@@ -172,13 +191,45 @@ def _choose_faces(columns: Columns, reason: Reasons) -> None:
         reason.drop(mask, "other_face", "another face of this photo is the person's")
 
 
+def _share_out(columns: Columns, reason: Reasons, cosine: float) -> Texts:
+    """Names of all rows: the faces that are not their folder's person go to whom they look like.
+
+    Only to people who have photos of their own, and never a second time to the photo's own.
+    """
+    names: Texts = columns.label.copy()
+    others = np.nonzero(reason.dropped == "other_face")[0]
+    people = [(columns.label[rows[0]], rows) for rows in _members(columns.label, reason.open)]
+    if not len(others) or not people:
+        return names
+    centroids = np.stack([_centroid(columns.embedding[rows]) for _, rows in people])
+    alike = columns.embedding[others] @ centroids.T
+    best = alike.argmax(axis=1)
+    owner = np.array([name for name, _ in people], dtype=object)[best]
+    found = (alike[np.arange(len(others)), best] >= cosine) & (owner != columns.label[others])
+    names[others[found]] = owner[found]
+    reason.dropped[others[found]] = reason.detail[others[found]] = ""
+    reason.detail[others[~found]] = "a face of nobody else who has photos here"
+    return names
+
+
+def _one_face_each(columns: Columns, names: Texts, reason: Reasons) -> None:
+    """Nobody is twice in a photo: of faces with one name the one most like the person stays."""
+    out = np.zeros(len(names), bool)
+    for rows in _members(names, reason.open):
+        cosine = columns.embedding[rows] @ _centroid(columns.embedding[rows])
+        order = rows[np.lexsort((columns.face[rows], -cosine, columns.photo[rows]))]
+        photos = columns.photo[order]
+        out[order[np.r_[False, photos[1:] == photos[:-1]]]] = True
+    reason.drop(out, "other_face", "another face of this photo is more like this person")
+
+
 def _name_groups(columns: Columns, rows: Bools, options: PrepareOptions) -> Texts:
     """Group unlabelled faces; a group's name comes from its first file by SHA-256."""
     names = np.full(len(rows), "", dtype=object)
     numbers = np.nonzero(rows)[0]
     for members in group_faces(columns.embedding[numbers], options):
         own = numbers[members]
-        name = "person-" + min(columns.sha256[own])[:12]
+        name = "person-" + min(columns.key[own])[:12]
         names[own] = name
     return names
 
@@ -305,7 +356,7 @@ def _drop_near_duplicates(
     columns: Columns, names: Texts, reason: Reasons, options: PrepareOptions
 ) -> Texts:
     """Keep the best of each set of near-duplicates; the key of the kept one for every row."""
-    keys = np.array([_key(columns, i) for i in range(len(names))], dtype=object)
+    keys = columns.key
     group = np.where(reason.open, keys, "")
     original = np.array(columns.name)
     out = np.zeros(len(names), bool)
@@ -376,7 +427,7 @@ def _result(
     options: PrepareOptions,
 ) -> Grouped:
     kept = np.nonzero(reason.open)[0]
-    keys = np.array([_key(columns, i) for i in range(len(names))], dtype=object)
+    keys = columns.key
     splits = {name: split_of(name, options.held_out, options.seed) for name in set(names)}
     new = {
         "identity": names,
@@ -392,11 +443,14 @@ def _result(
         array = pa.array(values, from_pandas=True)
         at = table.schema.get_field_index(name)
         table = table.append_column(name, array) if at < 0 else table.set_column(at, name, array)
+    dropped = np.nonzero(~reason.open)[0]
+    if options.faces != "all":
+        dropped = _dropped_photos(columns, reason)
     order = kept[_shard_order(names[kept], keys[kept])]
     sizes = table["length"].fill_null(0).to_numpy()[order]
     return Grouped(
         kept=table.take(pa.array(order)),
-        dropped=table.take(pa.array(_dropped_photos(columns, reason))),
+        dropped=table.take(pa.array(dropped)),
         shards=tuple(_cut_shards(names[order], sizes, options.shard_bytes)),
         alike=_alike(columns, names, kept, options.link_cosine) if labelled else (),
     )

@@ -11,6 +11,8 @@ from infinite_id_core.errors import OptionError
 
 Kind = Literal["auto", "folders", "heap", "webdataset"]
 EngineName = Literal["local", "ray"]
+FaceChoice = Literal["largest", "all"]
+FACE_CHOICES: tuple[FaceChoice, ...] = get_args(FaceChoice)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
@@ -29,6 +31,9 @@ class PrepareOptions:
     """Side of the detector's square input, pixels."""
     min_detection: float = 0.5
     """The detector's confidence from which a face counts."""
+    faces: FaceChoice = "largest"
+    """Which faces of a photo are used: one (the largest; in a person's folder the one most like
+    the person), or each for its own person."""
     max_side: int = 2048
     """Photos with a longer side are re-encoded once at this side, pixels."""
     max_pixels: int = 100_000_000
@@ -57,6 +62,8 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise OptionError(f"kind must be one of {KINDS}, got {self.kind!r}.")
+        if self.faces not in FACE_CHOICES:
+            raise OptionError(f"faces must be one of {FACE_CHOICES}, got {self.faces!r}.")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:

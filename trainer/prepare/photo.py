@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import io
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin
 
-from ..shards import EXTENSIONS, to_rgb
+from infinite_id_core.errors import DamagedPictureError, MissingPackageError, UnknownPictureError
+from infinite_id_core.pictures import decoded, open_picture, orientation, to_rgb
+
+from ..shards import EXTENSIONS
+from .plain_files import open_regular
 
 Picture = NDArray[np.uint8]
 Points = NDArray[np.float32]
 
 Reason = Literal[
-    "unreadable", "empty", "not_an_image", "truncated", "corrupt", "too_large", "too_small"
-]
+    "unreadable", "empty", "not_an_image", "needs_package", "truncated", "corrupt", "too_large",
+    "too_small",
+]  # fmt: skip
 
 MIN_SIDE = 16  # pixels: nothing smaller holds a face
 REENCODE_QUALITY = 95
-_ORIENTATION = 0x0112
 
 
 class PhotoError(Exception):
@@ -86,6 +88,16 @@ def open_photo(data: bytes, *, max_side: int, max_pixels: int) -> Photo:
     )
 
 
+def read_pixels(path: Path, *, max_side: int = 4096, max_pixels: int = 2**28) -> Picture:
+    """A picture's file upright, ``[h, w, 3]`` RGB. Raises ``PhotoError``."""
+    try:
+        with open_regular(path) as file:
+            data = file.read()
+    except OSError as error:
+        raise PhotoError("unreadable", error.strerror or type(error).__name__) from error
+    return open_photo(data, max_side=max_side, max_pixels=max_pixels).picture
+
+
 def reencoded(photo: Photo) -> bytes:
     """A JPEG of ``stored_size``, for photos whose original bytes are not stored."""
     image = Image.fromarray(photo.picture)
@@ -100,54 +112,35 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise PhotoError("empty", "0 bytes")
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            # Image.open refuses very large pictures; this one can be decoded at an eighth.
-            return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise PhotoError("too_large", str(error).partition(",")[0]) from error
-    except UnidentifiedImageError as error:
-        raise PhotoError("not_an_image", f"no known image format; starts {data[:8]!r}") from error
-    except _DECODE_ERRORS as error:
-        raise PhotoError("corrupt", f"{type(error).__name__}: {error}") from error
+        return open_picture(data)
+    except UnknownPictureError as error:
+        raise PhotoError("not_an_image", str(error)) from error
+    except MissingPackageError as error:
+        # The error's own text names this machine's Python; this one goes into reports.
+        advice = "HEIC needs a package: pip install pillow-heif (or save it as JPEG)"
+        raise PhotoError("needs_package", advice) from error
+    except DamagedPictureError as error:
+        raise PhotoError(_reason(error), str(error)) from error
 
 
 def _decode(image: ImageFile.ImageFile) -> Picture:
     try:
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(to_rgb(upright))
-    except _DECODE_ERRORS as error:
-        text = str(error)
-        cut = "truncated" in text or "Truncated" in text or isinstance(error, EOFError)
-        raise PhotoError("truncated" if cut else "corrupt", text or type(error).__name__) from error
+        return np.asarray(to_rgb(decoded(image)))
+    except DamagedPictureError as error:
+        raise PhotoError(_reason(error), str(error)) from error
+    except Exception as error:  # of a mode that does not become RGB, or no memory for it
+        raise PhotoError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
-# What PIL's decoders raise on damaged files.
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
+def _reason(error: DamagedPictureError) -> Reason:
+    if error.too_large:
+        return "too_large"
+    return "truncated" if error.truncated else "corrupt"
 
 
 def _turned(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
     """Width and height after the EXIF rotation."""
-    try:
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _DECODE_ERRORS:
-        turned = False  # damaged EXIF: exif_transpose ignores it as well
-    return (size[1], size[0]) if turned else size
+    return (size[1], size[0]) if orientation(image) in (5, 6, 7, 8) else size
 
 
 def _drafted(size: tuple[int, int], max_side: int) -> tuple[int, int]:

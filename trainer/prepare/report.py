@@ -6,8 +6,8 @@ import base64
 import html
 import io
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data_index import DatasetInfo, Filters
 from ..errors import disk_errors
 from .group import Grouped
 from .photo import PhotoError, open_photo
-from .sources import Blob, read_blob
+from .sources import NOT_PHOTOS, Blob, read_blob
 
 PEOPLE, PHOTOS_EACH, PER_REASON, PAIRS, SINGLES = 24, 8, 24, 20, 200
 _THUMB = 150  # pixels
@@ -30,6 +30,7 @@ _COLUMNS = ("name", "path", "place", "length", "width", "height", "box", "landma
             "similarity", "dropped", "detail", "face_size", "blur", "yaw")  # fmt: skip
 
 REASONS = {
+    "other_face": "A face that is nobody's who has photos here, or a second one of its person.",
     "no_face": "The detector found no face.",
     "duplicate": "The same file is there already.",
     "near_duplicate": "Nearly the same picture of the same person; the best one stays.",
@@ -38,13 +39,22 @@ REASONS = {
     "no_person": "It belongs to nobody: outside the folders, or without a name in its record.",
     "unreadable": "The system refused to read it.",
     "empty": "The file has no bytes.",
-    "not_an_image": "No known image format.",
+    "not_an_image": "No picture of a format that is read.",
+    "needs_package": "A format that needs a package which is not installed here.",
     "truncated": "The file ends before the picture does.",
     "corrupt": "The file is damaged.",
     "too_large": "More pixels or bytes than allowed; it was not decoded.",
     "too_small": "Too few pixels to hold a face.",
-    "shard_cut": "The shard ends early; its whole samples were read.",
+    "shard_cut": "The shard is cut or damaged; what was whole was read.",
     "not_a_shard": "Not a plain tar.",
+    "no_photos": "A shard without a photo.",
+    "scattered": "A caption or record that stands apart from its photo in a shard.",
+    "bad_sidecar": "A caption or record that cannot be read; its photo was used without it, and "
+    "without a licence if that was in it.",
+    "link": "A link that is not followed: in a circle, out of a tar, to something that is read "
+    "already, or no photo.",
+    "hidden": "Hidden, or made by the system beside the files (._*, .DS_Store, Thumbs.db).",
+    "other_file": "No photo, and no caption or record of one.",
 }
 
 
@@ -54,6 +64,7 @@ def write_report(path: Path, root: Path, grouped: Grouped, info: DatasetInfo) ->
     body = [
         _head(kept, dropped, info),
         _filters(kept),
+        _spread(kept),
         _histograms(kept),
         _people(kept, root),
         _alike(grouped.alike),
@@ -64,6 +75,13 @@ def write_report(path: Path, root: Path, grouped: Grouped, info: DatasetInfo) ->
         temporary.write_text(page, encoding="utf-8")
 
 
+def photos_with_more_faces(kept: pa.Table, options: Mapping[str, Any]) -> int:
+    """Kept photos with faces that were not used, because one of each was wanted."""
+    if options.get("faces") == "all":
+        return 0
+    return int((kept["faces"].to_numpy() > 1).sum())
+
+
 # --- parts of the page -----------------------------------------------------------------------
 
 
@@ -71,12 +89,22 @@ def _head(kept: pa.Table, dropped: pa.Table, info: DatasetInfo) -> str:
     names = set(kept["identity"].to_pylist())
     splits = zip(kept["identity"].to_pylist(), kept["split"].to_pylist(), strict=True)
     held = {name for name, split in splits if split == "held_out"}
+    more = photos_with_more_faces(kept, info.options)
+    told = (
+        f"<p>{more:,} of the kept photos show more than one face; one face of each was used "
+        "(the largest; in a person's folder the one most like the person). <code>--faces all"
+        "</code> uses each for its own person.</p>"
+        if more
+        else ""
+    )
+    others = sum(reason in NOT_PHOTOS for reason in dropped["dropped"].to_pylist())
     figures = [
-        (len(kept) + len(dropped), "photos read"),
+        (len(kept) + len(dropped) - others, "photos read"),
         (len(kept), "kept"),
         (len(names), "people"),
         (len(held), "of them held out"),
-        (len(dropped), "left out"),
+        (len(dropped) - others, "left out"),
+        (others, "other files, not used"),
     ]
     tiles = "".join(f"<div class=tile><b>{n:,}</b>{label}</div>" for n, label in figures)
     facts = "".join(
@@ -89,7 +117,7 @@ def _head(kept: pa.Table, dropped: pa.Table, info: DatasetInfo) -> str:
         if value not in ("", None)
     )
     return (
-        f"<h1>Prepared photos</h1><div class=tiles>{tiles}</div>"
+        f"<h1>Prepared photos</h1><div class=tiles>{tiles}</div>{told}"
         f"<details><summary>Options of this run</summary><table>{facts}</table></details>"
     )
 
@@ -118,20 +146,22 @@ def _histograms(kept: pa.Table) -> str:
     figures = require("matplotlib.figure", "for the report page", "matplotlib")
     filters = Filters()
     short = np.minimum(kept["width"].to_numpy(), kept["height"].to_numpy())
-    _, photos = np.unique(kept["identity"].to_pylist(), return_counts=True)
+    photos = np.array(list(Counter(kept["identity"].to_pylist()).values()))
     panels: list[tuple[str, Any, float | None]] = [
         ("short side of the photo, px", short, filters.min_short_side),
         ("short side of the face, px", kept["face_size"].to_numpy(), filters.min_face_size),
         ("cosine to the person's centroid", kept["similarity"].to_numpy(), filters.min_similarity),
-        ("photos per person", photos, None),
+        ("people by their photos", photos, None),
+        ("faces in the photo", kept["faces"].to_numpy(), None),
         ("detector's confidence", kept["det_score"].to_numpy(), filters.min_det_score),
         ("sharpness (variance of the Laplacian)", kept["blur"].to_numpy(), None),
         ("yaw, degrees", kept["yaw"].to_numpy(), None),
         ("pitch, degrees", kept["pitch"].to_numpy(), None),
     ]
-    figure = figures.Figure(figsize=(13, 5))  # not pyplot's: no display, no global state
-    axes = figure.subplots(2, 4, gridspec_kw={"hspace": 0.35, "wspace": 0.2})
-    for axis, (title, values, limit) in zip(axes.ravel(), panels, strict=True):
+    figure = figures.Figure(figsize=(16, 5))  # not pyplot's: no display, no global state
+    axes = figure.subplots(2, 5, gridspec_kw={"hspace": 0.35, "wspace": 0.2}).ravel()
+    _bucket_bars(axes[-1], kept)
+    for axis, (title, values, limit) in zip(axes[:-1], panels, strict=True):
         low, high = float(np.min(values)), float(np.max(values))
         reach = (low, high) if limit is None else (min(low, limit), max(high, limit))
         axis.hist(values, bins=min(40, max(8, len(values) // 4)), range=reach, color="#4c78a8")
@@ -144,6 +174,66 @@ def _histograms(kept: pa.Table) -> str:
     figure.subplots_adjust(left=0.03, right=0.99, top=0.93, bottom=0.06)
     figure.savefig(buffer, format="png", dpi=90)
     return f"<h2>Scores of the kept photos</h2>{_image(buffer.getvalue(), 'png', 'histograms')}"
+
+
+def bucket_counts(kept: pa.Table) -> dict[tuple[int, int], int]:
+    """Photos by the size (height, width) they are trained at with the defaults of ``[data]``."""
+    from ..config import Data
+    from ..training.crops import buckets, nearest_bucket
+
+    choices = buckets(Data(folder="-"))
+    sizes = zip(kept["width"].to_pylist(), kept["height"].to_pylist(), strict=True)
+    counts = Counter(nearest_bucket(width, height, choices) for width, height in sizes)
+    return {choices[n]: counts[n] for n in sorted(counts)}
+
+
+def _bucket_bars(axis: Any, kept: pa.Table) -> None:
+    counts = bucket_counts(kept)
+    names = [f"{width}x{height}" for height, width in counts]
+    axis.bar(names, list(counts.values()), color="#4c78a8")
+    axis.tick_params(axis="x", labelrotation=90, labelsize=7)
+    axis.set_title("buckets, px (defaults of [data])", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def spread(kept: pa.Table) -> dict[str, tuple[float, ...]]:
+    """Smallest, quartiles and largest of what decides how well a set trains."""
+    photos = np.array(list(Counter(kept["identity"].to_pylist()).values()))
+    columns = {
+        "photos of a person": photos,
+        "short side of the face, px": kept["face_size"].to_numpy(),
+        "short side of the photo, px": np.minimum(
+            kept["width"].to_numpy(), kept["height"].to_numpy()
+        ),
+        "faces in a photo": kept["faces"].to_numpy(),
+    }
+    return {
+        name: tuple(float(value) for value in np.percentile(values, (0, 25, 50, 75, 100)))
+        for name, values in columns.items()
+    }
+
+
+def _spread(kept: pa.Table) -> str:
+    if not len(kept):
+        return ""
+    people = set(zip(kept["identity"].to_pylist(), kept["split"].to_pylist(), strict=True))
+    splits = Counter(split for _, split in people)
+    rows = "".join(
+        f"<tr><td>{_text(name)}" + "".join(f"<td class=number>{value:,.0f}" for value in values)
+        for name, values in spread(kept).items()
+    )
+    sizes = "".join(
+        f"<tr><td>{width} x {height}<td class=number>{n:,}"
+        for (height, width), n in bucket_counts(kept).items()
+    )
+    return (
+        f"<h2>People and photos</h2><p>{splits['train']:,} people to train on, "
+        f"{splits['held_out']:,} held out.</p>"
+        "<table><tr><th><th>least<th>a quarter has less<th>half<th>three quarters<th>most"
+        f"{rows}</table><details><summary>Buckets</summary><p>The sizes these photos are trained "
+        "at with the defaults of <code>[data]</code>; <code>train --dry-run</code> counts them "
+        f"for yours.</p><table><tr><th>px<th>photos{sizes}</table></details>"
+    )
 
 
 def _people(kept: pa.Table, root: Path) -> str:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from infinite_id_core.checkpoint import replacing
 from infinite_id_core.errors import OptionError
 from infinite_id_core.face import find_pack
+from infinite_id_core.pictures import readable_formats
 
 from ..data_index import INDEX, SCHEMA, DatasetInfo, write_index
 from ..errors import BusyError, NoFacesError, NoPairsError, UnreadableError, disk_errors
@@ -34,8 +35,8 @@ from .manifest import (
     remove_leftovers,
 )
 from .options import Places, PrepareOptions, RunOptions
-from .report import write_report
-from .sources import Listing, Part, list_input
+from .report import photos_with_more_faces, write_report
+from .sources import NOT_PHOTOS, Listing, Part, list_input
 from .stages import (
     FACES,
     DetectArguments,
@@ -45,7 +46,7 @@ from .stages import (
     write_table,
 )
 
-STAGE_VERSION = 1  # counts up when a stage gives another result for the same input
+STAGE_VERSION = 2  # counts up when a stage gives another result for the same input
 _REPORT = "report.html"
 
 
@@ -57,6 +58,8 @@ class Summary:
     identities: int
     held_out: int
     """People kept out of training."""
+    more_faces: int
+    """Kept photos that show more faces than the one that was used."""
     shards: int
     bytes: int
     seconds: float
@@ -114,6 +117,7 @@ class _Run:
             info=info,
             identities=len(people),
             held_out=sum(split == "held_out" for _, split in people),
+            more_faces=photos_with_more_faces(grouped.kept, info.options),
             shards=len(written),
             bytes=sum(t.outputs[0].stat().st_size for t in written),
             seconds=time.monotonic() - started,
@@ -125,14 +129,15 @@ class _Run:
     def _detect(self, listing: Listing) -> tuple[list[Target], int]:
         """The parts, and how many faces they hold."""
         labelled = listing.labelled or bool(self.options.identity_field)
-        made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes",
+        formats = readable_formats()
+        made = ("detector_size", "min_detection", "max_side", "max_pixels", "max_bytes", "faces",
                 "identity_field", "licence")  # fmt: skip
         tasks = [
             Task(
                 stage="detect",
                 target=self._target(
                     "detect", part.number, self._option_values(made), part.fingerprint,
-                    self.models.fingerprint, labelled,
+                    self.models.fingerprint, labelled, formats,
                 ),
                 arguments=DetectArguments(
                     root=self.root, part=part, labelled=labelled, models=self.models,
@@ -253,8 +258,9 @@ class _Run:
             write_report(self.places.output / _REPORT, self.root, grouped, info)
         page = f" {self.places.output / _REPORT} shows them." if self.run.report else ""
         if not any(value for value in grouped.dropped["faces"].to_pylist()):
+            photos = sum(n for reason, n in counts.items() if reason not in NOT_PHOTOS)
             raise NoFacesError(
-                f"{self.places.source}: not one face in {len(grouped.dropped)} photos ({listed})."
+                f"{self.places.source}: not one face in {photos} photos ({listed})."
                 f"{page} Check the input, or lower --min-detection or --detector-size."
             )
         raise NoPairsError(

@@ -40,7 +40,7 @@ from .photo import (
     reencoded,
     sharpness,
 )
-from .sources import Blob, Part, Source, list_tar, read_blob, read_sidecars, text_of
+from .sources import Blob, Part, Sidecars, Source, list_tar, read_blob, read_sidecars, text_of
 
 _FLOAT = pa.float32()
 _ALIGNED = faces.ALIGNED_SIZE
@@ -131,12 +131,15 @@ class DetectArguments:
 def detect_part(arguments: DetectArguments, outputs: tuple[Path, ...]) -> dict[str, int]:
     """Read, decode, detect, align and score all photos of a part."""
     part = arguments.part
-    sources, problems = (
-        list_tar(arguments.root, part.tar) if part.tar else (part.sources, part.problems)
-    )
+    sources, problems = list(part.sources), list(part.problems)
+    if part.tar:
+        sources, found = list_tar(arguments.root, part.tar)
+        problems += found
     rows: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
-        rows += [{"photo": number, **row} for row in _photo_rows(arguments, source)]
+        beside = read_sidecars(arguments.root, source)
+        problems += beside.problems
+        rows += [{"photo": number, **row} for row in _photo_rows(arguments, source, beside)]
     for extra, problem in enumerate(problems, start=len(sources)):
         row = {"photo": extra, "face": -1, "name": problem.name, "source": problem.name}
         rows.append({**row, "faces": 0, "dropped": problem.reason, "detail": problem.detail})
@@ -145,10 +148,13 @@ def detect_part(arguments: DetectArguments, outputs: tuple[Path, ...]) -> dict[s
     return {"photos": len(sources), "faces": sum(row["face"] >= 0 for row in rows)}
 
 
-def _photo_rows(arguments: DetectArguments, source: Source) -> list[dict[str, Any]]:
+def _photo_rows(
+    arguments: DetectArguments, source: Source, beside: Sidecars
+) -> list[dict[str, Any]]:
     """One row per face, or one that says why there is none."""
-    options = arguments.options
-    record, caption = read_sidecars(arguments.root, source)
+    options, record = arguments.options, beside.record
+    # A licence that cannot be read is unknown: the general one is for photos without a record.
+    licence = "" if beside.record_is_bad else options.licence
     row: dict[str, Any] = {
         "face": -1,
         "name": source.name,
@@ -157,8 +163,8 @@ def _photo_rows(arguments: DetectArguments, source: Source) -> list[dict[str, An
         "length": source.photo.size,
         "identity": source.identity or text_of(record, options.identity_field),
         "source": text_of(record, "url", "source") or source.name,
-        "licence": text_of(record, "licence", "license") or options.licence,
-        "caption": caption,
+        "licence": text_of(record, "licence", "license") or licence,
+        "caption": beside.caption,
         "faces": 0,
         "dropped": "",
         "detail": "",
@@ -177,7 +183,7 @@ def _photo_rows(arguments: DetectArguments, source: Source) -> list[dict[str, An
     if not found:
         return [{**row, "dropped": "no_face", "detail": "the detector found none"}]
     row["faces"] = len(found)
-    kept = faces.candidates(found, labelled=arguments.labelled)
+    kept = faces.candidates(found, labelled=arguments.labelled, every=options.faces == "all")
     return [{**row, "face": n, **_face_row(photo, face)} for n, face in enumerate(kept)]
 
 
