@@ -129,6 +129,10 @@ class RankLostError(InfiniteIDError):
     """Another process of this run is gone."""
 
 
+class MemoryFullError(InfiniteIDError):
+    """The accelerator's or the computer's memory was full; the message says what needs less."""
+
+
 _FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 
 

@@ -39,6 +39,7 @@ from ..unet import MICROWORLD, describe_unet
 from ..vae import check_vae
 from . import state
 from .features import clip_width, reference_row
+from .memory import LESS_MEMORY
 from .objective import TrainingModel
 from .samples import LATENT_CHANNELS, LATENT_STRIDE, Plan
 
@@ -396,10 +397,7 @@ def _fits(device: torch.device, estimate: Estimate) -> str:
     there = int(torch.cuda.get_device_properties(device).total_memory)
     if estimate.memory <= there:
         return f" (it has {there / _GIB:.1f})"
-    return (
-        f". It has only {there / _GIB:.1f}: set optimiser.checkpointing, a smaller "
-        "optimiser.batch with more accumulation, or optimiser.kind = 'adamw8bit'"
-    )
+    return f". It has only {there / _GIB:.1f}: {LESS_MEMORY}"
 
 
 def _millions(unet: Any) -> int:

@@ -34,6 +34,7 @@ from ..unet import MICROWORLD
 from ..vae import load_vae, vae_fingerprint
 from .cache import PACK, FeatureCache
 from .samples import Caches, Fingerprints, Keys, Plan
+from .workers import batches, leave_signals, refused
 
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 """``(label, things, how many)`` -> the same things, with a bar."""
@@ -125,12 +126,12 @@ class JobPictures(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``pixels [crops, 3, H, W]`` and ``face [S, S, 3]``, or None; or an ``error``."""
+        """``pixels [crops, 3, H, W]`` and ``face [S, S, 3]``, or None; or ``refused``."""
         job = self.jobs[index]
         try:
             photo = self.plan.dataset.photo(job.row)
-        except FileError as error:  # its type does not survive the way out of a worker
-            return {"error": (type(error), str(error.path), error.problem)}
+        except FileError as error:
+            return refused(error)
         crops = [self.plan.crop(job.row, k).cut(photo) for k in job.crops]
         face = aligned_face(self.plan, job.row, photo) if job.clip else None
         return {
@@ -208,23 +209,24 @@ def _compute_photos(
     if clip is not None:
         clip.model.to(device)
     latents, states = _Pack(caches.latents), _Pack(caches.clip)
-    workers = torch.utils.data.DataLoader(
-        JobPictures(plan, jobs), batch_size=None, num_workers=plan.config.data.workers
+    loader: Any = torch.utils.data.DataLoader(
+        JobPictures(plan, jobs),
+        batch_size=None,
+        num_workers=plan.config.data.workers,
+        worker_init_fn=leave_signals,
     )
-    for pictures in progress("latents and identity features", workers, len(jobs)):
-        if "error" in pictures:
-            kind, path, problem = pictures["error"]
-            raise kind(path, problem)
-        job: PhotoJob = pictures["job"]
-        row = plan.dataset.row(job.row)
-        if vae is not None and pictures["pixels"] is not None:
-            encoded = vae.encode(pictures["pixels"].to(device)).half()
-            names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
-            latents.add(dict(zip(names, encoded.cpu(), strict=True)))
-        if clip is not None and pictures["face"] is not None:
-            layer = plan.config.encoder.clip_layer
-            encoded = hidden_states(clip, [pictures["face"]], layer)
-            states.add({keys.clip(row): encoded[0].half()})
+    with batches(loader) as photos:
+        for pictures in progress("latents and identity features", photos, len(jobs)):
+            job: PhotoJob = pictures["job"]
+            row = plan.dataset.row(job.row)
+            if vae is not None and pictures["pixels"] is not None:
+                encoded = vae.encode(pictures["pixels"].to(device)).half()
+                names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
+                latents.add(dict(zip(names, encoded.cpu(), strict=True)))
+            if clip is not None and pictures["face"] is not None:
+                layer = plan.config.encoder.clip_layer
+                encoded = hidden_states(clip, [pictures["face"]], layer)
+                states.add({keys.clip(row): encoded[0].half()})
     latents.close()
     states.close()
     return latents.count + states.count
@@ -247,8 +249,8 @@ def _compute_captions(
         return 0
     encoders = load_text_encoders(plan.config.model.text_source).to(device)
     pack = _Pack(caches.text)
-    batches = list(_batches(missing, _CAPTIONS))
-    for batch in progress("captions", batches, len(batches)):
+    parts = list(_batches(missing, _CAPTIONS))
+    for batch in progress("captions", parts, len(parts)):
         prompt = encoders.encode([by_key[key] for key in batch])
         for key, context, pooled in zip(batch, prompt.context, prompt.pooled, strict=True):
             pack.add({key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()})

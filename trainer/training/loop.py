@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,10 +30,13 @@ from ..text import TOKENS
 from ..unet import LoadedUNet, load_unet
 from . import state
 from .features import clip_width, compute_missing, fingerprints_of
+from .fellows import Fellows
 from .log import RunLog, bar, logger, no_bar
+from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
 from .previews import Preview, Previewer, scores
 from .samples import Caches, Keys, Plan, Samples, Share, loader
+from .workers import batches
 
 INTERRUPTED = 143  # exit status after SIGTERM, as shells count it
 DTYPES: dict[Precision | FileDtype, torch.dtype] = {
@@ -67,7 +70,7 @@ def train(
     place of ``previews.face_models``. Raises named errors of data, files and configuration, and
     ``NonFiniteError``, ``ResumeError``, ``RankLostError``.
     """
-    with _Processes(config) as processes:
+    with _Processes(config) as processes, processes.losses_named():
         return _Trainer(config, processes, resume, recogniser).run()
 
 
@@ -76,7 +79,7 @@ def fill_caches(config: TrainConfig) -> bool:
 
     Raises what ``train`` raises before that step.
     """
-    with _Processes(config) as processes:
+    with _Processes(config) as processes, processes.losses_named():
         _Trainer(config, processes, "none", None)
         return not processes.any_stop()
 
@@ -98,7 +101,9 @@ class _Processes:
         self.world: int = self.accelerator.num_processes
         self.main = self.rank == 0
         self.stop = False
+        self._folder = state.checkpoint_folder(config)
         self._before: dict[int, Any] = {}
+        self._fellows = Fellows(self.rank) if self.world > 1 else None
 
     def __enter__(self) -> _Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,7 +112,12 @@ class _Processes:
                 self._before[number] = signal.signal(number, self._ask_to_stop)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._fellows is not None:
+            if error is None:
+                self._fellows.close()
+            else:
+                self._fellows.failed(error)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -151,7 +161,7 @@ class _Processes:
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def losses_named(self, last: Callable[[], str]) -> Iterator[None]:
+    def losses_named(self) -> Iterator[None]:
         """A fellow that is gone shows as an error of the communication library: name it."""
         try:
             yield
@@ -162,7 +172,7 @@ class _Processes:
                 raise
             raise RankLostError(
                 f"Another process of this run is gone ({text.splitlines()[0]}). Start all of them "
-                f"again with the same command; {last()}."
+                f"again with the same command; {state.last_checkpoint(self._folder)}."
             ) from error
 
 
@@ -353,15 +363,16 @@ class _Trainer:
         return Plan(self.config, dataset, self.share.global_batch)
 
     def _fill_caches(self) -> None:
-        made = compute_missing(
-            self.plan,
-            self.keys,
-            self.caches,
-            self.processes.device,
-            held_out=self.held_out,
-            part=(self.processes.rank, self.processes.world),
-            progress=self._until_asked_to_stop,
-        )
+        with memory_errors("filling the caches", LESS_IN_CACHES):
+            made = compute_missing(
+                self.plan,
+                self.keys,
+                self.caches,
+                self.processes.device,
+                held_out=self.held_out,
+                part=(self.processes.rank, self.processes.world),
+                progress=self._until_asked_to_stop,
+            )
         if made and self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         self.processes.wait()
@@ -395,24 +406,27 @@ class _Trainer:
         self.model = processes.accelerator.prepare_model(unwrapped)
         steps, step = config.run.steps, self.first
         samples = Samples(self.plan, self.keys, self.caches)
-        batches = iter(loader(samples, self.share, step, steps, config.data.workers))
+        reading = batches(loader(samples, self.share, step, steps, config.data.workers))
         text_tokens = TOKENS if config.objective.mode == "entangled" else 0
         log = RunLog(config, step, main=processes.main)
         stopped = processes.any_stop()
         try:
-            with identity_training(self.loaded.unet, self.adapter, text_tokens=text_tokens):
+            with (
+                identity_training(self.loaded.unet, self.adapter, text_tokens=text_tokens),
+                reading as read,
+                memory_errors("training", LESS_MEMORY),
+            ):
                 while step < steps and not stopped:
-                    with processes.losses_named(self._last_checkpoint):
-                        stopped = self._step(step, batches, log)
-                        step += 1
-                        self._after(step, stopped, log)
+                    stopped = self._step(step, read, log)
+                    step += 1
+                    self._after(step, stopped, log)
         finally:
             log.close()
         if step < steps:
             return Outcome(step=step, finished=False, adapter=None)
         return Outcome(step=step, finished=True, adapter=self._finish(step))
 
-    def _step(self, step: int, batches: Iterator[Batch], log: RunLog) -> bool:
+    def _step(self, step: int, read: Iterator[Batch], log: RunLog) -> bool:
         """One optimiser step. Returns whether any process was asked to stop."""
         options = self.config.optimiser
         rate = options.rate_at(step, self.config.run.steps)
@@ -420,7 +434,7 @@ class _Trainer:
             group["lr"] = rate
         losses, timesteps = [], []
         for micro in range(options.accumulation):
-            batch = self._on_device(next(batches))
+            batch = self._on_device(next(read))
             last = micro == options.accumulation - 1
             # Gradients are summed over processes once, with the last pass.
             quiet = contextlib.nullcontext() if last else self._no_sync()
@@ -534,8 +548,7 @@ class _Trainer:
         return path
 
     def _last_checkpoint(self) -> str:
-        found = state.checkpoints(self.folder)
-        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return state.last_checkpoint(self.folder)
 
 
 def _scaler(device: torch.device) -> Any:

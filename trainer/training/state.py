@@ -183,6 +183,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
+def last_checkpoint(folder: Path) -> str:
+    """For messages: which checkpoint there is to go on from."""
+    found = checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
 def read_record(path: Path) -> RunRecord:
     """What a checkpoint is of. Raises ``ResumeError``."""
     try:
