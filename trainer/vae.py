@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infinite_id_core.checkpoint import read_header
-from infinite_id_core.errors import FileMissingError, HeaderError, ModelMismatchError
+from infinite_id_core.errors import (
+    FileMissingError,
+    HeaderError,
+    ModelMismatchError,
+    NotFiniteError,
+)
 
 from .files import sampled_sha256
 from .unet import MICROWORLD
@@ -79,6 +84,8 @@ def load_vae(source: str | Path) -> Autoencoder:
     """
     module, fingerprint = _load(source)
     module.eval().requires_grad_(False).float()
+    if not all(bool(t.isfinite().all()) for t in module.state_dict().values()):
+        raise NotFiniteError(source, "the autoencoder's weights hold NaN or infinity.")
     return Autoencoder(module=module, fingerprint=fingerprint)
 
 

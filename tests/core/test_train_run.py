@@ -15,20 +15,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infinite_id_core.checkpoint import read_adapter, read_header
-from infinite_id_core.errors import MissingPackageError, ModelMismatchError
+from infinite_id_core.errors import MissingPackageError, ModelMismatchError, NotFiniteError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.schedule import NoiseSchedule
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
-from trainer.errors import DiskFullError, NonFiniteError, ResumeError
+from trainer.errors import (
+    BusyError,
+    DiskFullError,
+    NonFiniteError,
+    NotCachedError,
+    ResumeError,
+    UnreadableError,
+)
+from trainer.files import locked
 from trainer.training import loop, state
 from trainer.training.objective import Objective, TrainingModel, face_bell
 from trainer.training.samples import Caches, Keys, Plan, Samples
 from trainer.unet import load_unet
-from trainer.vae import Autoencoder
+from trainer.vae import Autoencoder, _microworld_state
 
 from . import train_world
 
@@ -300,6 +309,48 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert loop.train(config).finished
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_checkpoint_that_really_fails_midway_is_a_full_disk(settings: Any) -> None:
+    """torch says it by a RuntimeError about positions, safetensors by an error of its own."""
+    import resource
+
+    config = settings(run={"steps": 2}, checkpoints={"every": 1})
+    loop.train(settings("whole", run={"steps": 1}))
+    (whole,) = state.checkpoints(state.checkpoint_folder(settings("whole")))
+    sizes = [(whole / name).stat().st_size for name in (state.ADAPTER, state.STATE)]
+    assert sizes[0] < sizes[1]
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (sizes[0] // 2, (sizes[0] + sizes[1]) // 2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+            with pytest.raises(DiskFullError, match="step-00000001"):
+                loop.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(state.checkpoint_folder(config).iterdir())
+    assert loop.train(config).finished
+
+
+def test_two_runs_on_one_output_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("trainer.files._WAIT", 0.2)
+    config = settings()
+    with locked(tmp_path / "run", "training"):
+        with pytest.raises(BusyError, match="run: another training is writing"):
+            loop.train(config)
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    assert loop.train(config).finished
+
+
+def test_an_output_that_is_a_file_is_named(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UnreadableError, match="expected a folder"):
+        loop.train(settings())
+
+
 def test_asked_to_stop_while_caches_fill_it_goes_on_from_what_is_there(
     monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path
 ) -> None:
@@ -324,37 +375,65 @@ def test_asked_to_stop_while_caches_fill_it_goes_on_from_what_is_there(
 # --- refusing --------------------------------------------------------------------------------
 
 
-def poison(config: TrainConfig, number: int, value: float) -> str:
-    """Put ``value`` into the cached latent of a sample; returns its description."""
-    dataset = Dataset(config.data.folder, config.filters)
-    plan = Plan(config, dataset, config.optimiser.batch)
-    caches = Caches.below(config)
-    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
-    choice = plan.choice(number)
-    crop = plan.crop(choice.target, choice.crop)
-    key = keys.latent(dataset.row(choice.target), crop)
-    latent = caches.latents.read(key)
-    shutil.rmtree(caches.latents.folder)
-    caches = Caches.below(config)
-    caches.latents.write({key: torch.full_like(latent, value)})
-    return choice.describe(dataset)
-
-
 def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_sample(
-    settings: Any, tmp_path: Path, root: Path
+    monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:
-    shutil.copytree(root / "data", tmp_path / "data")
-    config = settings(
-        run={"steps": 9}, data={"folder": str(tmp_path / "data")}, checkpoints={"every": 1}
-    )
-    loop.train(settings("first", run={"steps": 1}, data={"folder": str(tmp_path / "data")}))
-    named = poison(config, 5, float("nan"))
+    config = settings(run={"steps": 9}, checkpoints={"every": 1})
+    losses = Objective.losses
+
+    def spoilt(self: Objective, output: Any, batch: Any) -> Any:
+        return tuple(
+            torch.where(batch["number"] == 5, loss + float("nan"), loss)
+            for loss in losses(self, output, batch)
+        )
+
+    monkeypatch.setattr(Objective, "losses", spoilt)
     with pytest.raises(NonFiniteError) as caught:
         loop.train(config)
+    dataset = Dataset(config.data.folder, config.filters)
+    named = Plan(config, dataset, config.optimiser.batch).choice(5).describe(dataset)
     assert named in str(caught.value)
     last = state.checkpoints(state.checkpoint_folder(config))[-1]
+    assert last.name == "step-00000002"
     assert str(last) in str(caught.value)
     assert all(t.isfinite().all() for t in read_adapter(last / state.ADAPTER).state_dict().values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_with_a_number_that_is_none_is_named_and_computed_again(
+    settings: Any, tmp_path: Path, workers: int
+) -> None:
+    """As an older release wrote them."""
+    config = settings(data={"cache": str(tmp_path / "cache"), "workers": workers})
+    assert loop.fill_caches(config)
+    (pack,) = Caches.below(config).latents.folder.glob("*.safetensors")
+    save_file({k: t + float("nan") for k, t in load_file(pack).items()}, pack)
+    with pytest.raises(NotFiniteError, match=f"{pack.name}.*holds NaN.*Delete it"):
+        loop.train(config)
+    pack.unlink()
+    assert loop.train(config).finished
+
+
+def test_an_autoencoder_that_overflows_is_named_and_nothing_is_cached(
+    settings: Any, tmp_path: Path
+) -> None:
+    vae = tmp_path / "vae.safetensors"
+    weights = {name: tensor.clone() for name, tensor in _microworld_state().items()}
+    last = max((n for n in weights if n.startswith("taesd_encoder")), key=_layer)
+    weights[last] += 1e9
+    save_file(weights, vae)
+    config = settings(model={"vae": str(vae)}, data={"cache": str(tmp_path / "cache")})
+    with pytest.raises(NotCachedError, match=r"autoencoder gives NaN.*photo .* in .*00000\.tar"):
+        loop.train(config)
+    assert not list((tmp_path / "cache" / "latents").glob("*"))
+    weights[last] += float("nan")
+    save_file(weights, vae)
+    with pytest.raises(NotFiniteError, match="vae.safetensors: the autoencoder's weights"):
+        loop.train(config)
+
+
+def _layer(name: str) -> tuple[int, str]:
+    return int(name.split(".")[1]), name
 
 
 def test_a_norm_that_is_no_number_stops_before_the_step(

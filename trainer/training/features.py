@@ -27,12 +27,14 @@ from infinite_id_core.face import CROP_SIZE, align
 from infinite_id_core.packages import require
 
 from ..config import Encoder, TrainConfig
-from ..data_index import Dataset
+from ..data_index import Dataset, Row
+from ..errors import NotCachedError
 from ..files import sampled_sha256
+from ..shards import SHARDS
 from ..text import load_text_encoders, text_fingerprint
 from ..unet import MICROWORLD
 from ..vae import load_vae, vae_fingerprint
-from .cache import PACK, FeatureCache
+from .cache import PACK, FeatureCache, finite
 from .samples import Caches, Fingerprints, Keys, Plan
 from .workers import batches, leave_signals, refused
 
@@ -168,7 +170,7 @@ def compute_missing(
     """Fill the caches for training and for the held-out people's references.
 
     ``part`` is (this process, how many). Returns how many tensors were made. Raises what loading
-    the encoders and reading the shards raises, ``DiskFullError``.
+    the encoders and reading the shards raises, ``NotCachedError``, ``DiskFullError``.
     """
     rank, world = part
     jobs = photo_jobs(plan, keys, caches, range(len(plan.dataset)))[rank::world]
@@ -221,12 +223,16 @@ def _compute_photos(
             row = plan.dataset.row(job.row)
             if vae is not None and pictures["pixels"] is not None:
                 encoded = vae.encode(pictures["pixels"].to(device)).half()
+                _check_finite(encoded, "The autoencoder", "model.vae", _photo(plan, row))
                 names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
                 latents.add(dict(zip(names, encoded.cpu(), strict=True)))
             if clip is not None and pictures["face"] is not None:
                 layer = plan.config.encoder.clip_layer
-                encoded = hidden_states(clip, [pictures["face"]], layer)
-                states.add({keys.clip(row): encoded[0].half()})
+                encoded = hidden_states(clip, [pictures["face"]], layer)[0].half()
+                _check_finite(
+                    encoded, "The image encoder", "encoder.clip_weights", _photo(plan, row)
+                )
+                states.add({keys.clip(row): encoded})
     latents.close()
     states.close()
     return latents.count + states.count
@@ -253,9 +259,25 @@ def _compute_captions(
     for batch in progress("captions", parts, len(parts)):
         prompt = encoders.encode([by_key[key] for key in batch])
         for key, context, pooled in zip(batch, prompt.context, prompt.pooled, strict=True):
-            pack.add({key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()})
+            entries = {key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()}
+            for tensor in entries.values():
+                caption = f"the caption {by_key[key]!r}"
+                _check_finite(tensor, "The text encoder", "model.text_encoders", caption)
+            pack.add(entries)
     pack.close()
     return pack.count
+
+
+def _photo(plan: Plan, row: Row) -> str:
+    return f"photo {row.key} of {row.identity} in {plan.dataset.folder / SHARDS / row.shard}"
+
+
+def _check_finite(tensor: Tensor, model: str, key: str, what: str) -> None:
+    if not finite(tensor):
+        raise NotCachedError(
+            f"{model} gives NaN or infinity for {what}. Nothing of it was cached. The file in "
+            f"{key} is damaged, or its numbers are too large for 16 bits: give another one."
+        )
 
 
 def _batches(things: Sequence[str], size: int) -> Iterator[Sequence[str]]:

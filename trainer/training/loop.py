@@ -6,25 +6,26 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from infinite_id_core.adapter import Adapter, AdapterConfig
 from infinite_id_core.checkpoint import read_adapter, write_adapter
-from infinite_id_core.errors import ModelMismatchError
+from infinite_id_core.errors import InfiniteIDError, ModelMismatchError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.packages import require
 from infinite_id_core.schedule import NoiseSchedule
 
 from ..config import FileDtype, Optimiser, Precision, TrainConfig
 from ..data_index import Dataset
-from ..errors import NonFiniteError, RankLostError, ResumeError
+from ..errors import NonFiniteError, RankLostError, disk_errors
+from ..files import locked
 from ..likeness import Recogniser
 from ..text import TOKENS
 from ..unet import LoadedUNet, load_unet
@@ -47,6 +48,7 @@ DTYPES: dict[Precision | FileDtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+Thing = TypeVar("Thing")
 _SMALLEST_SCALE = 1.0  # of fp16's loss: below, something other than its range is wrong
 
 
@@ -70,7 +72,13 @@ def train(
     place of ``previews.face_models``. Raises named errors of data, files and configuration, and
     ``NonFiniteError``, ``ResumeError``, ``RankLostError``.
     """
-    with _Processes(config) as processes, processes.losses_named():
+    output = Path(config.run.output)
+    with (
+        _Processes(config) as processes,
+        processes.losses_named(),
+        processes.alone_in(output),
+        disk_errors(output),
+    ):
         return _Trainer(config, processes, resume, recogniser).run()
 
 
@@ -155,6 +163,26 @@ class _Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([thing])[0]
+
+    def agreed(self, do: Callable[[], Thing]) -> Thing:
+        """What ``do`` gives on the main process; all get it, or the named error it raised."""
+        found: Thing | InfiniteIDError | None = None
+        if self.main:
+            try:
+                found = do()
+            except InfiniteIDError as error:
+                found = error
+        found = self.from_main(found)
+        if isinstance(found, InfiniteIDError):
+            raise found
+        return cast(Thing, found)
+
+    @contextlib.contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Hold the folder for this run. Raises ``BusyError`` on every process."""
+        with contextlib.ExitStack() as stack:
+            self.agreed(lambda: stack.enter_context(locked(folder, "training")))
+            yield
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -335,16 +363,7 @@ class _Trainer:
 
     def _start(self, resume: str) -> Path | None:
         """Every process starts from the checkpoint that the main one chose, or fails as it did."""
-        found: Path | ResumeError | None = None
-        if self.processes.main:
-            try:
-                found = state.find_checkpoint(self.config, resume)
-            except ResumeError as error:
-                found = error
-        found = self.processes.from_main(found)
-        if isinstance(found, ResumeError):
-            raise found
-        return found
+        return self.processes.agreed(lambda: state.find_checkpoint(self.config, resume))
 
     def _load(self, start: Path | None) -> int:
         if start is None:
