@@ -19,6 +19,7 @@ from torch import Tensor
 from infinite_id_core.encoders import (
     OpenClipVision,
     build_open_clip,
+    check_open_clip,
     hidden_states,
     load_open_clip,
 )
@@ -55,6 +56,15 @@ def load_clip_vision(encoder: Encoder) -> OpenClipVision:
         config, weights = open_clip_config_and_weights()
         return build_open_clip(config, weights, MICROWORLD)
     return load_open_clip(encoder.clip_model, encoder.clip_weights)
+
+
+def check_clip_vision(encoder: Encoder) -> None:
+    """Find the encoder, with names and shapes, without reading its weights.
+
+    Raises as ``load_clip_vision``.
+    """
+    if encoder.clip_model != MICROWORLD:
+        check_open_clip(encoder.clip_model, encoder.clip_weights)
 
 
 def clip_width(encoder: Encoder) -> int:

@@ -16,21 +16,28 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.checkpoint import read_adapter, write_adapter
-from infinite_id_core.errors import InfiniteIDError, ModelMismatchError
+from infinite_id_core.checkpoint import write_adapter
+from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.packages import require
 from infinite_id_core.schedule import NoiseSchedule
 
-from ..config import FileDtype, Optimiser, Precision, TrainConfig
-from ..data_index import Dataset
+from ..config import Optimiser, TrainConfig
 from ..errors import NonFiniteError, RankLostError, disk_errors
 from ..files import locked
 from ..likeness import Recogniser
 from ..text import TOKENS
 from ..unet import LoadedUNet, load_unet
 from . import state
-from .features import clip_width, compute_missing, fingerprints_of
+from .checks import (
+    DTYPES,
+    adapter_to_start_from,
+    check_data,
+    check_held_out,
+    check_models,
+    check_run,
+)
+from .features import compute_missing, fingerprints_of
 from .fellows import Fellows
 from .log import RunLog, bar, logger, no_bar
 from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
@@ -40,14 +47,6 @@ from .samples import Caches, Keys, Plan, Samples, Share, loader
 from .workers import batches
 
 INTERRUPTED = 143  # exit status after SIGTERM, as shells count it
-DTYPES: dict[Precision | FileDtype, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 Thing = TypeVar("Thing")
 _SMALLEST_SCALE = 1.0  # of fp16's loss: below, something other than its range is wrong
 
@@ -85,11 +84,44 @@ def train(
 def fill_caches(config: TrainConfig) -> bool:
     """Compute what training would cache before its first step; False if it was asked to stop.
 
-    Raises what ``train`` raises before that step.
+    Neither the UNet nor what learns is loaded, and nothing of ``run.output`` is looked at. Raises
+    what ``train`` raises of the data and of the models whose outputs are cached.
     """
     with _Processes(config) as processes, processes.losses_named():
-        _Trainer(config, processes, "none", None)
+        plan = check_data(config, 1)
+        check_models(config)
+        held_out = check_held_out(config, 1)
+        keys = Keys(config=config, fingerprints=fingerprints_of(config))
+        _fill(plan, held_out, keys, Caches.below(config), processes)
         return not processes.any_stop()
+
+
+def _fill(
+    plan: Plan, held_out: Plan | None, keys: Keys, caches: Caches, processes: _Processes
+) -> None:
+    """Fill the caches, each process its part; a stopped run does the rest when resumed."""
+
+    def until_asked_to_stop(label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
+        shown = bar if processes.main else no_bar
+        for thing in shown(label, things, count):
+            yield thing
+            if processes.stop:  # filling takes hours for many photos
+                return
+
+    with memory_errors("filling the caches", LESS_IN_CACHES):
+        made = compute_missing(
+            plan,
+            keys,
+            caches,
+            processes.device,
+            held_out=held_out,
+            part=(processes.rank, processes.world),
+            progress=until_asked_to_stop,
+        )
+    if made and processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    processes.wait()
+    caches.refresh()
 
 
 # --- processes -------------------------------------------------------------------------------
@@ -228,23 +260,6 @@ def schedule_of(config: TrainConfig, found: NoiseSchedule) -> NoiseSchedule:
     )
 
 
-def adapter_config(config: TrainConfig, dataset: Dataset, loaded: LoadedUNet) -> AdapterConfig:
-    """What is recorded with the adapter."""
-    encoder = config.encoder
-    return AdapterConfig(
-        clip_width=clip_width(encoder),
-        context_width=loaded.context_width,
-        recogniser=dataset.info.recogniser,
-        clip_model=encoder.clip_model.removesuffix("-quickgelu"),
-        clip_layer=encoder.clip_layer,
-        embedding=encoder.embedding,
-        face_tokens=config.adapter.face_tokens,
-        base_model=loaded.name,
-        dataset_fingerprint=dataset.info.fingerprint,
-        licence_note=config.run.licence_note,
-    )
-
-
 def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adapter:
     """The learning adapter at step 0: float32, K/V copied from the text's (3.2).
 
@@ -258,16 +273,7 @@ def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adap
     if not config.adapter.start_from:
         adapter.copy_text_projections(text_projections(unet))
         return adapter
-    before = read_adapter(config.adapter.start_from)
-    same = ("clip_width", "context_width", "face_tokens", "recogniser", "clip_model", "clip_layer",
-            "embedding")  # fmt: skip
-    wrong = [n for n in same if getattr(before.config, n) != getattr(recorded, n)]
-    if wrong or before.widths != adapter.widths:
-        pairs = [f"{n}: {getattr(before.config, n)!r}, now {getattr(recorded, n)!r}" for n in wrong]
-        raise ModelMismatchError(
-            f"{config.adapter.start_from}: cannot go on from this adapter "
-            f"({'; '.join(pairs) or 'it was made for a UNet of another shape'})."
-        )
+    before = adapter_to_start_from(config.adapter.start_from, recorded, adapter.widths)
     adapter.load_state_dict(before.state_dict())
     return adapter
 
@@ -311,9 +317,6 @@ class _Trainer:
         self.config = config
         self.processes = processes
         self.folder = state.checkpoint_folder(config)
-        # Everything that can be wrong is looked at before anything long starts.
-        start = self._start(resume)
-        dataset = Dataset(config.data.folder, config.filters, "train")
         options = config.optimiser
         self.share = Share(
             batch=options.batch,
@@ -321,22 +324,16 @@ class _Trainer:
             rank=processes.rank,
             world=processes.world,
         )
-        self.plan = Plan(config, dataset, self.share.global_batch)
-        self.plan.choice(0)
-        self.loaded = prepare_unet(config, processes.device)
-        fingerprints = fingerprints_of(config)
-        self.record = state.RunRecord(
-            config=config.to_json(),
-            fingerprints={
-                "dataset": dataset.info.fingerprint,
-                "unet": self.loaded.fingerprint,
-                **vars(fingerprints),
-            },
-            world=processes.world,
+        # Everything that can be wrong is looked at before anything long starts.
+        start = self._start(resume)
+        checked = check_run(
+            config, start, self.share.global_batch, world=processes.world, recogniser=recogniser
         )
-        self.adapter = new_adapter(
-            config, adapter_config(config, dataset, self.loaded), self.loaded.unet
-        ).to(processes.device)
+        self.plan, self.held_out, self.record = checked.plan, checked.held_out, checked.record
+        self.keys = Keys(config=config, fingerprints=checked.fingerprints)
+        self.caches = Caches.below(config)
+        self.loaded = prepare_unet(config, processes.device)
+        self.adapter = new_adapter(config, checked.recorded, self.loaded.unet).to(processes.device)
         self.average = copy.deepcopy(self.adapter) if options.ema else None
         self.parameters = list(self.adapter.parameters())
         self.optimiser = build_optimiser(options, self.parameters, processes.device)
@@ -349,11 +346,8 @@ class _Trainer:
             scaler=self.scaler,
         )
         self.first = self._load(start)
-        self.keys = Keys(config=config, fingerprints=fingerprints)
-        self.caches = Caches.below(config)
-        self.held_out = self._held_out()
-        self._fill_caches()
-        self.previewer = self._previewer(recogniser)
+        _fill(self.plan, self.held_out, self.keys, self.caches, processes)
+        self.previewer = self._previewer(checked.recogniser)
         self.objective = Objective(
             self.loaded.schedule,
             config.objective.min_snr,
@@ -369,41 +363,10 @@ class _Trainer:
         if start is None:
             return 0
         record = state.read_record(start)
-        self.record.check(record, start)
         self.snapshot.load(start, self.processes.device)
         if self.processes.main:
             logger.info("Going on from %s.", start)
         return record.step
-
-    def _held_out(self) -> Plan | None:
-        if not self.config.previews.every:
-            return None
-        dataset = Dataset(self.config.data.folder, self.config.filters, "held_out")
-        return Plan(self.config, dataset, self.share.global_batch)
-
-    def _fill_caches(self) -> None:
-        with memory_errors("filling the caches", LESS_IN_CACHES):
-            made = compute_missing(
-                self.plan,
-                self.keys,
-                self.caches,
-                self.processes.device,
-                held_out=self.held_out,
-                part=(self.processes.rank, self.processes.world),
-                progress=self._until_asked_to_stop,
-            )
-        if made and self.processes.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.processes.wait()
-        self.caches.refresh()
-
-    def _until_asked_to_stop(self, label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
-        """Filling caches takes hours for many photos; a stopped run does the rest when resumed."""
-        shown = bar if self.processes.main else no_bar
-        for thing in shown(label, things, count):
-            yield thing
-            if self.processes.stop:
-                return
 
     def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
         if self.held_out is None:

@@ -45,8 +45,8 @@ class RunRecord:
     """``TrainConfig.to_json``."""
     fingerprints: dict[str, str]
     """Of the dataset and the frozen models."""
-    world: int
-    """Processes."""
+    world: int | None
+    """Processes; None where they are not known, and then not compared."""
     step: int = 0
 
     def check(self, other: RunRecord, path: Path) -> None:
@@ -60,7 +60,7 @@ class RunRecord:
             for name, value in self.fingerprints.items()
             if other.fingerprints.get(name) != value
         ]
-        if self.world != other.world:
+        if self.world is not None and self.world != other.world:
             changed.append(f"processes: {other.world} then, {self.world} now")
         if changed:
             raise ResumeError(
