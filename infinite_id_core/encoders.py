@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from .checkpoint import Header, read_header
+from .clip_names import Source, image_side, same_names, unknown_to_image_side
 from .errors import (
     EncoderError,
     HeaderError,
@@ -30,7 +31,6 @@ from .errors import (
     OptionError,
     UnexpectedTensorError,
     WrongDtypeError,
-    WrongFormatError,
     WrongShapeError,
     shown,
 )
@@ -350,7 +350,8 @@ def _fits(path: Path) -> bool:
 def load_open_clip(
     model: str, path: str | Path, tokens: int | None = CLIP_TOKENS
 ) -> OpenClipVision:
-    """The visual tower of an open_clip model, from a safetensors file in open_clip's naming.
+    """The visual tower of an open_clip model, from a safetensors file in open_clip's naming or in
+    transformers', with the same states.
 
     ``tokens`` None takes a model with any number of tokens: enough for scores, not for an
     identity. Nothing is downloaded. Raises ``MissingPackageError``, ``EncoderError`` for a model
@@ -368,7 +369,7 @@ def check_open_clip(model: str, path: str | Path, tokens: int | None = CLIP_TOKE
     visual = _empty_tower(_model_config(model), model, tokens)
     path = Path(path)
     header = read_header(path)
-    check_floats(path, header, _tower_names(path, header, visual)[1])
+    check_floats(path, header, _tower_sources(path, header, visual)[1])
 
 
 def _model_config(model: str) -> dict[str, Any]:
@@ -455,29 +456,30 @@ def _filled(visual: nn.Module, tower: Mapping[str, Tensor], model: str) -> OpenC
 
 
 def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
-    """The checked ``visual.*`` tensors of an open_clip file; the text side is not read."""
+    """The checked image tensors of a file in either naming; the text side is not read."""
     header = read_header(path)
-    prefix, wanted = _tower_names(path, header, visual)
+    sources, wanted = _tower_sources(path, header, visual)
     tensors = read_floats(path, header, wanted)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: source.read(tensors) for name, source in sources.items()}
 
 
-def _tower_names(
+def _tower_sources(
     path: Path, header: Header, visual: nn.Module
-) -> tuple[str, dict[str, Sequence[int]]]:
-    """The prefix of the image side's names, and every name with its shape."""
-    names = set(header.tensors)
-    if any(name.startswith("vision_model.") for name in names):
-        raise WrongFormatError(
-            path, "is an image encoder in transformers' naming. Load it with ComfyUI's own 'Load "
-            "CLIP Vision' node, which gives the same result."
-        )  # fmt: skip
-    prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
-    wanted: dict[str, Sequence[int]] = {
-        prefix + name: p.shape for name, p in visual.state_dict().items()
-    }
+) -> tuple[dict[str, Source], dict[str, Sequence[int]]]:
+    """Where each tensor of the image side lies, and the file's names for them with their shapes."""
+    names, shapes = set(header.tensors), {n: p.shape for n, p in visual.state_dict().items()}
+    sources = image_side(shapes, names)
+    if sources is not None:
+        extra = unknown_to_image_side(sources, names)
+    else:
+        prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
+        sources = same_names(shapes, prefix)
+        known = {name for source in sources.values() for name in source.names}
+        extra = sorted(n for n in names - known if n.startswith("visual."))
+    wanted: dict[str, Sequence[int]] = {}
+    for name, source in sources.items():
+        wanted.update(source.shapes(shapes[name]))
     missing = sorted(wanted.keys() - names)
-    extra = sorted(n for n in names - wanted.keys() if n.startswith("visual."))
     if missing:
         raise MissingTensorError(
             path, f"lacks {len(missing)} tensors of this model's image side, e.g. {missing[:3]}. "
@@ -488,7 +490,7 @@ def _tower_names(
             path, f"has {len(extra)} image tensors this model does not know, e.g. {extra[:3]}. "
             "Is it the weights of another model?"
         )  # fmt: skip
-    return prefix, wanted
+    return sources, wanted
 
 
 def check_floats(path: Path, header: Header, wanted: Mapping[str, Sequence[int]]) -> None:

@@ -110,7 +110,7 @@ class Encoder:
     clip_model: str
     """open_clip's name, e.g. ``ViT-H-14``, or ``microworld``."""
     clip_weights: str = ""
-    """safetensors file in open_clip's naming; not needed for ``microworld``."""
+    """safetensors file in open_clip's or transformers' naming; not needed for ``microworld``."""
     clip_layer: ClipLayer = "last"
     """Which hidden states."""
     embedding: Embedding = "normed"
@@ -125,8 +125,8 @@ class Encoder:
         _not_empty("encoder", self, "clip_model")
         if not self.clip_weights and self.clip_model != "microworld":
             raise ConfigValueError(
-                f"encoder.clip_weights is empty. Give the safetensors file of {self.clip_model} in "
-                "open_clip's naming."
+                f"encoder.clip_weights is empty. Give the safetensors file of {self.clip_model}, "
+                "in open_clip's or transformers' naming."
             )
 
 
