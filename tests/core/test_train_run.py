@@ -35,6 +35,7 @@ from trainer.errors import (
 from trainer.files import locked
 from trainer.training import loop, state
 from trainer.training.checks import adapter_config
+from trainer.training.estimate import dry_run
 from trainer.training.objective import Objective, TrainingModel, face_bell
 from trainer.training.samples import Caches, Keys, Plan, Samples
 from trainer.unet import load_unet
@@ -249,12 +250,64 @@ def test_a_run_from_before_an_option_existed_is_resumed(
         **record.config,
         "objective": {k: v for k, v in record.config["objective"].items() if k != "face_weight"},
     }
-    record.check(dataclasses.replace(record, config=older), tmp_path)
+    assert record.following(dataclasses.replace(record, config=older), tmp_path) == record
     other = {**record.config, "objective": {**record.config["objective"], "face_weight": 1.0}}
     with pytest.raises(ResumeError, match="objective.face_weight: 0.0 then, 1.0 now"):
-        dataclasses.replace(record, config=other).check(
+        dataclasses.replace(record, config=other).following(
             dataclasses.replace(record, config=older), tmp_path
         )
+
+
+def test_a_changed_run_is_resumed_when_asked_with_the_optimisers_state(
+    plain_run: Path, settings: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    changes: dict[str, Any] = {
+        "run": {"steps": 6},
+        "optimiser": {"rate": 5e-4, "weight_decay": 0.5, "batch": 3, "ema": 0.5},
+        "filters": {"min_similarity": 0.4},
+    }
+    with pytest.raises(ResumeError, match="--resume-changed"):
+        loop.train(settings(**changes))
+    assert "going on from" in dry_run(settings(**changes), changed=True)
+    assert loop.train(settings(**changes), changed=True).step == 6
+    said = caplog.text
+    for words in (
+        "optimiser.rate: 0.001 then, 0.0005 now",
+        "optimiser.batch: 2 then, 3 now",
+        "filters.min_similarity: 0.5 then, 0.4 now",
+    ):
+        assert words in said
+    last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    values = torch.load(last / state.STATE, weights_only=True)["optimiser"]
+    assert {int(entry["step"]) for entry in values["state"].values()} == {6}  # 4 and 2, not 2
+    assert values["param_groups"][0]["weight_decay"] == 0.5
+    (change,) = json.loads((last / state.CONFIG).read_text(encoding="utf-8"))["changes"]
+    assert change["step"] == 4 and "optimiser.rate: 0.001 then, 0.0005 now" in change["changed"]
+    # From here on these are the run's settings, and the change stays on record.
+    changes["run"] = {"steps": 7}
+    assert loop.train(settings(**changes)).step == 7
+    last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert state.read_record(last).changes == (change,)
+
+
+def test_a_change_that_the_weights_do_not_fit_is_refused_even_so(
+    plain_run: Path, settings: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    for sections in (
+        {"encoder": {"embedding": "raw"}},
+        {"adapter": {"face_tokens": 2}},
+        {"model": {"unet": "microworld"}},
+    ):
+        with pytest.raises(ResumeError, match="set it back"):
+            loop.train(settings(run={"steps": 5}, **sections), changed=True)
+
+
+def test_a_run_that_never_changed_is_written_as_ever(plain_run: Path) -> None:
+    last = state.checkpoints(plain_run / "checkpoints")[-1]
+    values = json.loads((last / state.CONFIG).read_text(encoding="utf-8"))
+    assert set(values) == {"config", "fingerprints", "step", "world"}
 
 
 def test_a_run_on_other_data_is_not_resumed(plain_run: Path, settings: Any, tmp_path: Path) -> None:

@@ -63,12 +63,14 @@ def check_run(
     global_batch: int,
     *,
     world: int | None = None,
+    changed: bool = False,
     recogniser: Recogniser | None = None,
 ) -> CheckedRun:
     """Look at everything a run will meet.
 
     ``start``: the checkpoint it goes on from; ``global_batch``: samples of one optimiser step;
-    ``world``: processes, None where they are not known. Raises named errors of data, files,
+    ``world``: processes, None where they are not known; ``changed``: it may go on with other
+    settings. Raises named errors of data, files,
     models, packages and configuration, ``ResumeError``.
     """
     _check_packages(config)
@@ -86,7 +88,7 @@ def check_run(
         world=world,
     )
     if start is not None:
-        record.check(state.read_record(start), start)
+        record = record.following(state.read_record(start), start, changed)
     recorded = adapter_config(config, plan.dataset, int(unet.config.cross_attention_dim))
     if config.adapter.start_from:
         widths = {layer.path: layer.width for layer in unet_layers(unet)}

@@ -79,7 +79,7 @@ class Estimate:
 # --- checking --------------------------------------------------------------------------------
 
 
-def dry_run(config: TrainConfig, resume: str = "auto") -> str:
+def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) -> str:
     """Check all that a run would meet and say what it will take.
 
     Raises the same named errors that the run would, and ``DiskFullError`` where caches and
@@ -87,7 +87,7 @@ def dry_run(config: TrainConfig, resume: str = "auto") -> str:
     """
     start = state.find_checkpoint(config, resume)
     options = config.optimiser
-    checked = check_run(config, start, options.batch * options.accumulation)
+    checked = check_run(config, start, options.batch * options.accumulation, changed=changed)
     plan, dataset, unet = checked.plan, checked.plan.dataset, checked.unet
     if is_locked(Path(config.run.output)):
         raise BusyError(config.run.output, "a training is writing to this folder just now.")

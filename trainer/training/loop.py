@@ -63,11 +63,16 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig, resume: str = "auto", *, recogniser: Recogniser | None = None
+    config: TrainConfig,
+    resume: str = "auto",
+    *,
+    changed: bool = False,
+    recogniser: Recogniser | None = None,
 ) -> Outcome:
     """Run or resume a training.
 
-    ``resume``: ``auto``, ``none`` or a checkpoint's folder. ``recogniser`` scores previews in
+    ``resume``: ``auto``, ``none`` or a checkpoint's folder. ``changed``: a checkpoint of other
+    settings is gone on from, with its optimiser's state. ``recogniser`` scores previews in
     place of ``previews.face_models``. Raises named errors of data, files and configuration, and
     ``NonFiniteError``, ``ResumeError``, ``RankLostError``.
     """
@@ -78,7 +83,7 @@ def train(
         processes.alone_in(output),
         disk_errors(output),
     ):
-        return _Trainer(config, processes, resume, recogniser).run()
+        return _Trainer(config, processes, resume, changed, recogniser).run()
 
 
 def fill_caches(config: TrainConfig) -> bool:
@@ -312,6 +317,7 @@ class _Trainer:
         config: TrainConfig,
         processes: _Processes,
         resume: str,
+        changed: bool,
         recogniser: Recogniser | None,
     ) -> None:
         self.config = config
@@ -327,7 +333,12 @@ class _Trainer:
         # Everything that can be wrong is looked at before anything long starts.
         start = self._start(resume)
         checked = check_run(
-            config, start, self.share.global_batch, world=processes.world, recogniser=recogniser
+            config,
+            start,
+            self.share.global_batch,
+            world=processes.world,
+            changed=changed,
+            recogniser=recogniser,
         )
         self.plan, self.held_out, self.record = checked.plan, checked.held_out, checked.record
         self.keys = Keys(config=config, fingerprints=checked.fingerprints)
@@ -362,11 +373,17 @@ class _Trainer:
     def _load(self, start: Path | None) -> int:
         if start is None:
             return 0
-        record = state.read_record(start)
-        self.snapshot.load(start, self.processes.device)
+        before = state.read_record(start)
+        changes = self.record.changes[len(before.changes) :]
+        self.snapshot.load(start, self.processes.device, changed=bool(changes))
         if self.processes.main:
             logger.info("Going on from %s.", start)
-        return record.step
+            for change in changes:
+                logger.warning(
+                    "Going on with other settings, and the same state of the optimiser: %s.",
+                    "; ".join(change["changed"]),
+                )
+        return before.step
 
     def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
         if self.held_out is None:
