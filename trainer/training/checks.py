@@ -18,8 +18,9 @@ from infinite_id_core.errors import ModelMismatchError
 from infinite_id_core.host_diffusers import unet_layers
 from infinite_id_core.packages import require
 
-from ..config import FileDtype, Precision, TrainConfig
+from ..config import Device, FileDtype, Precision, TrainConfig
 from ..data_index import Dataset
+from ..errors import ConfigValueError
 from ..likeness import InsightFaceRecogniser, Recogniser
 from ..prompts import read_prompts
 from ..text import check_text_encoders
@@ -73,6 +74,7 @@ def check_run(
     settings. Raises named errors of data, files,
     models, packages and configuration, ``ResumeError``.
     """
+    check_device(config.run.device)
     _check_packages(config)
     plan = check_data(config, global_batch)
     unet = build_meta(config)
@@ -107,6 +109,23 @@ def check_run(
         record=record,
         recogniser=recogniser,
     )
+
+
+def check_device(device: Device) -> torch.device:
+    """The device that ``run.device`` stands for. Raises ``ConfigValueError`` where it is absent."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, found in there.items() if found))
+    if not there[device]:
+        raise ConfigValueError(
+            f"run.device is {device!r}, and torch {torch.__version__} finds no such device here. "
+            'Install torch for it, or set run.device = "auto".'
+        )
+    return torch.device(device)
 
 
 def _check_packages(config: TrainConfig) -> None:

@@ -33,7 +33,7 @@ from ..errors import BusyError, DiskFullError
 from ..files import is_locked
 from ..text import TOKENS
 from . import state
-from .checks import DTYPES, check_run
+from .checks import DTYPES, check_device, check_run
 from .features import clip_width
 from .memory import LESS_MEMORY
 from .objective import TrainingModel
@@ -94,7 +94,7 @@ def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) ->
     first = state.read_record(start).step if start else 0
     estimate = estimate_memory(config, unet)
     disk = _check_disk(config, dataset, estimate)
-    device = _device(config)
+    device = check_device(config.run.device)
     seconds = estimate.cost.flops * options.accumulation / _rate(device, config)
     steps = config.run.steps - first
     pairs = sum(bool(dataset.pairs_of(name)) for name in dataset.identities[:200])
@@ -304,14 +304,6 @@ class _FlashAttention(torch.autograd.Function):
 
 
 # --- this device -----------------------------------------------------------------------------
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if config.run.device == "auto" and torch.cuda.is_available():
-        return torch.device("cuda")
-    if config.run.device == "auto" and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def _rate(device: torch.device, config: TrainConfig) -> float:

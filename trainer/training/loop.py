@@ -33,6 +33,7 @@ from .checks import (
     DTYPES,
     adapter_to_start_from,
     check_data,
+    check_device,
     check_held_out,
     check_models,
     check_run,
@@ -137,6 +138,7 @@ class _Processes:
 
     def __init__(self, config: TrainConfig) -> None:
         accelerate = require("accelerate", "to train", "accelerate")
+        check_device(config.run.device)
         # Autocast is the loop's own: the configuration alone decides, not the launcher.
         self.accelerator: Any = accelerate.Accelerator(
             mixed_precision="no", cpu=config.run.device == "cpu"
