@@ -188,8 +188,9 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from infinite_id_core.host_diffusers import identity_training
     from trainer.data_index import Dataset
     from trainer.text import TOKENS, load_text_encoders
+    from trainer.training.checks import adapter_config
     from trainer.training.features import load_clip_vision
-    from trainer.training.loop import adapter_config, build_optimiser, new_adapter, prepare_unet
+    from trainer.training.loop import build_optimiser, new_adapter, prepare_unet
     from trainer.training.objective import TrainingModel
     from trainer.vae import load_vae
 
@@ -201,7 +202,9 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     vae = load_vae(config.model.vae_source)
     text = load_text_encoders(config.model.text_source)
     clip = load_clip_vision(config.encoder)
-    adapter = new_adapter(config, adapter_config(config, dataset, loaded), loaded.unet)
+    adapter = new_adapter(
+        config, adapter_config(config, dataset, loaded.context_width), loaded.unet
+    )
     module = TrainingModel(adapter, loaded.unet, loaded.pooled_width)
     optimiser = build_optimiser(config.optimiser, list(adapter.parameters()), device)
     loader = torch.utils.data.DataLoader(

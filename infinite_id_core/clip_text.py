@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import read_header
+from .clip_names import same_names, text_side
 from .encoders import read_floats
 from .errors import EncoderError, MissingTensorError
 from .packages import require
@@ -39,22 +40,28 @@ class TextTower:
 
 
 def load_text_tower(config: Mapping[str, Any], model: str, path: Path) -> TextTower:
-    """From a safetensors file in open_clip's naming; only its text side is read.
+    """From a safetensors file in open_clip's or transformers' naming; only its text side is read.
 
     Raises ``EncoderError`` for a model with another kind of text side, ``MissingTensorError`` for
     a file without one, and other subclasses of ``FileError``.
     """
     tower = _empty(config, model)
     header = read_header(path)
-    prefix = _prefix(header.tensors)
-    wanted = {prefix + name: p.shape for name, p in tower.module.state_dict().items()}
+    shapes = {name: p.shape for name, p in tower.module.state_dict().items()}
+    sources = text_side(shapes, header.tensors)
+    if sources is None:
+        sources = same_names(shapes, _prefix(header.tensors))
+    wanted: dict[str, Sequence[int]] = {}
+    for name, source in sources.items():
+        wanted.update(source.shapes(shapes[name]))
     missing = sorted(wanted.keys() - header.tensors.keys())
     if missing:
         raise MissingTensorError(
             path, f"lacks {len(missing)} tensors of this model's text side, e.g. {missing[:3]}. "
             "CLIP-T needs a file that holds both sides."
         )  # fmt: skip
-    return _filled(tower, prefix, read_floats(path, header, wanted))
+    tensors = read_floats(path, header, wanted)
+    return _filled(tower, {name: source.read(tensors) for name, source in sources.items()})
 
 
 def build_text_tower(
@@ -63,8 +70,7 @@ def build_text_tower(
     """From open_clip's config and a state dict that has been read and checked already."""
     tower = _empty(config, model)
     prefix = _prefix(state)
-    wanted = [prefix + name for name in tower.module.state_dict()]
-    return _filled(tower, prefix, {name: state[name] for name in wanted})
+    return _filled(tower, {name: state[prefix + name] for name in tower.module.state_dict()})
 
 
 def _prefix(names: Mapping[str, Any]) -> str:
@@ -88,9 +94,9 @@ def _empty(config: Mapping[str, Any], model: str) -> TextTower:
     return TextTower(module=module, tokens=int(text.get("context_length", 77)))
 
 
-def _filled(tower: TextTower, prefix: str, tensors: Mapping[str, Tensor]) -> TextTower:
+def _filled(tower: TextTower, tensors: Mapping[str, Tensor]) -> TextTower:
     module: Any = tower.module
-    state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
+    state = {name: tensor.float() for name, tensor in tensors.items()}
     module.load_state_dict(state, assign=True)
     if module.attn_mask is not None:  # a buffer outside the state dict, made without memory
         module.attn_mask = module.build_causal_mask()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from .checkpoint import Header, read_header
+from .clip_names import Source, image_side, same_names, unknown_to_image_side
 from .errors import (
     EncoderError,
     HeaderError,
@@ -30,7 +31,6 @@ from .errors import (
     OptionError,
     UnexpectedTensorError,
     WrongDtypeError,
-    WrongFormatError,
     WrongShapeError,
     shown,
 )
@@ -350,23 +350,36 @@ def _fits(path: Path) -> bool:
 def load_open_clip(
     model: str, path: str | Path, tokens: int | None = CLIP_TOKENS
 ) -> OpenClipVision:
-    """The visual tower of an open_clip model, from a safetensors file in open_clip's naming.
+    """The visual tower of an open_clip model, from a safetensors file in open_clip's naming or in
+    transformers', with the same states.
 
     ``tokens`` None takes a model with any number of tokens: enough for scores, not for an
     identity. Nothing is downloaded. Raises ``MissingPackageError``, ``EncoderError`` for a model
     that does not fit, and subclasses of ``FileError`` naming what is wrong with the file.
     """
+    config = _model_config(model)
+    visual = _empty_tower(config, model, tokens)
+    vision = _filled(visual, _read_tower(Path(path), visual), model)
+    vision.read_texts = functools.partial(_texts_of_file, config, model, Path(path))
+    return vision
+
+
+def check_open_clip(model: str, path: str | Path, tokens: int | None = CLIP_TOKENS) -> None:
+    """Raise what ``load_open_clip`` would of names and shapes, without reading the weights."""
+    visual = _empty_tower(_model_config(model), model, tokens)
+    path = Path(path)
+    header = read_header(path)
+    check_floats(path, header, _tower_sources(path, header, visual)[1])
+
+
+def _model_config(model: str) -> dict[str, Any]:
     open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
     if model not in open_clip.list_models() or _OTHER_PREPROCESSING in model:
         raise EncoderError(
             f"open_clip has no model {shown(model)} with CLIP's preprocessing. Those that fit: "
             f"{', '.join(open_clip_models())}."
         )
-    config = open_clip.get_model_config(model)
-    visual = _empty_tower(config, model, tokens)
-    vision = _filled(visual, _read_tower(Path(path), visual), model)
-    vision.read_texts = functools.partial(_texts_of_file, config, model, Path(path))
-    return vision
+    return cast(dict[str, Any], open_clip.get_model_config(model))
 
 
 def build_open_clip(
@@ -443,18 +456,30 @@ def _filled(visual: nn.Module, tower: Mapping[str, Tensor], model: str) -> OpenC
 
 
 def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
-    """The checked ``visual.*`` tensors of an open_clip file; the text side is not read."""
+    """The checked image tensors of a file in either naming; the text side is not read."""
     header = read_header(path)
-    names = set(header.tensors)
-    if any(name.startswith("vision_model.") for name in names):
-        raise WrongFormatError(
-            path, "is an image encoder in transformers' naming. Load it with ComfyUI's own 'Load "
-            "CLIP Vision' node, which gives the same result."
-        )  # fmt: skip
-    prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
-    wanted = {prefix + name: p.shape for name, p in visual.state_dict().items()}
+    sources, wanted = _tower_sources(path, header, visual)
+    tensors = read_floats(path, header, wanted)
+    return {name: source.read(tensors) for name, source in sources.items()}
+
+
+def _tower_sources(
+    path: Path, header: Header, visual: nn.Module
+) -> tuple[dict[str, Source], dict[str, Sequence[int]]]:
+    """Where each tensor of the image side lies, and the file's names for them with their shapes."""
+    names, shapes = set(header.tensors), {n: p.shape for n, p in visual.state_dict().items()}
+    sources = image_side(shapes, names)
+    if sources is not None:
+        extra = unknown_to_image_side(sources, names)
+    else:
+        prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
+        sources = same_names(shapes, prefix)
+        known = {name for source in sources.values() for name in source.names}
+        extra = sorted(n for n in names - known if n.startswith("visual."))
+    wanted: dict[str, Sequence[int]] = {}
+    for name, source in sources.items():
+        wanted.update(source.shapes(shapes[name]))
     missing = sorted(wanted.keys() - names)
-    extra = sorted(n for n in names - wanted.keys() if n.startswith("visual."))
     if missing:
         raise MissingTensorError(
             path, f"lacks {len(missing)} tensors of this model's image side, e.g. {missing[:3]}. "
@@ -465,17 +490,11 @@ def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
             path, f"has {len(extra)} image tensors this model does not know, e.g. {extra[:3]}. "
             "Is it the weights of another model?"
         )  # fmt: skip
-    tensors = read_floats(path, header, wanted)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return sources, wanted
 
 
-def read_floats(
-    path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """The ``wanted`` tensors of a file that has them all, by name and shape, checked.
-
-    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``HeaderError``.
-    """
+def check_floats(path: Path, header: Header, wanted: Mapping[str, Sequence[int]]) -> None:
+    """Raise ``WrongShapeError`` or ``WrongDtypeError`` where the header says another thing."""
     for name, shape in wanted.items():
         entry = header.tensors[name]
         if entry.shape != tuple(shape):
@@ -485,6 +504,16 @@ def read_floats(
             )  # fmt: skip
         if entry.dtype not in _FLOATS:
             raise WrongDtypeError(path, f"{name} is {entry.dtype}; expected one of {_FLOATS}.")
+
+
+def read_floats(
+    path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """The ``wanted`` tensors of a file that has them all, by name and shape, checked.
+
+    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``HeaderError``.
+    """
+    check_floats(path, header, wanted)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in wanted}

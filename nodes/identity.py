@@ -91,8 +91,8 @@ class InfiniteIDOpenClipLoader(io.ComfyNode):
             node_id="InfiniteIDOpenClipLoader",
             display_name="Infinite-ID Load open_clip",
             category="Infinite-ID",
-            description="Loads an image encoder from a file in open_clip's naming "
-            "(models/clip_vision). For files in transformers' naming use Load CLIP Vision.",
+            description="Loads an image encoder from a file in models/clip_vision, in "
+            "open_clip's or in transformers' naming.",
             inputs=[
                 io.Combo.Input(
                     "model",

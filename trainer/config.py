@@ -28,7 +28,7 @@ from .toml_files import parse_toml, read_toml
 Mode = Literal["identity", "entangled"]
 PooledText = Literal["zeros", "empty"]
 Precision = Literal["bf16", "fp16", "fp32"]
-Device = Literal["auto", "cpu"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 OptimiserKind = Literal["adamw", "adamw8bit"]
 RateSchedule = Literal["fixed", "cosine"]
 PredictionChoice = Literal["auto", "epsilon", "v"]
@@ -54,7 +54,7 @@ class Run:
     seed: int = 0
     """Every random choice derives from it and the sample's number."""
     device: Device = "auto"
-    """``auto``: the accelerator if there is one."""
+    """``auto``: the accelerator if there is one; ``cuda`` and ``mps``: that one or an error."""
     dtype: FileDtype = "float16"
     """Number format of the finished adapter file; training itself keeps float32."""
     licence_note: str = ""
@@ -107,7 +107,7 @@ class Encoder:
     clip_model: str
     """open_clip's name, e.g. ``ViT-H-14``, or ``microworld``."""
     clip_weights: str = ""
-    """safetensors file in open_clip's naming; not needed for ``microworld``."""
+    """safetensors file in open_clip's or transformers' naming; not needed for ``microworld``."""
     clip_layer: ClipLayer = "last"
     """Which hidden states."""
     embedding: Embedding = "normed"
@@ -122,8 +122,8 @@ class Encoder:
         _not_empty("encoder", self, "clip_model")
         if not self.clip_weights and self.clip_model != "microworld":
             raise ConfigValueError(
-                f"encoder.clip_weights is empty. Give the safetensors file of {self.clip_model} in "
-                "open_clip's naming."
+                f"encoder.clip_weights is empty. Give the safetensors file of {self.clip_model}, "
+                "in open_clip's or transformers' naming."
             )
 
 
@@ -388,7 +388,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
     """``{section: {key: value}}`` as a checked configuration. Raises as ``read_config``."""
     types_of = typing.get_type_hints(TrainConfig)
-    _check_names(source, "section", values, list(types_of))
+    _check_names(source, "", values, list(types_of))
     sections: dict[str, Any] = {}
     for name, cls in types_of.items():
         entries = values.get(name, {})
@@ -404,7 +404,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Tr
 def _section(source: str, name: str, cls: type[Any], entries: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls)}
-    _check_names(source, f"key of [{name}]", entries, list(known))
+    _check_names(source, name, entries, list(known))
     required = {f.name for f in fields(cls) if f.default is f.default_factory}
     missing = sorted(required - entries.keys())
     if missing:
@@ -418,14 +418,72 @@ def _section(source: str, name: str, cls: type[Any], entries: Mapping[str, Any])
         raise ConfigValueError(f"{source}: {error}") from error
 
 
-def _check_names(source: str, what: str, found: Mapping[str, Any], known: list[str]) -> None:
+def _check_names(source: str, section: str, found: Mapping[str, Any], known: list[str]) -> None:
+    """``section`` is empty for the names of sections."""
+    what = f"key of [{section}]" if section else "section"
     for name in found:
         if name not in known:
-            # 'learning_rate' means 'rate', though 'final_rate' looks more like it.
-            within = [key for key in known if key in name.split("_")]
-            near = within or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            near = _nearest(name, section, known)
+            hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(known)}."
             raise UnknownKeyError(f"{source}: {name!r} is no {what}. {hint}")
+
+
+# What other trainers call it.
+_ELSEWHERE = {
+    "lr": "optimiser.rate",
+    "learning_rate": "optimiser.rate",
+    "batch_size": "optimiser.batch",
+    "train_batch_size": "optimiser.batch",
+    "gradient_accumulation_steps": "optimiser.accumulation",
+    "grad_accum": "optimiser.accumulation",
+    "gradient_checkpointing": "optimiser.checkpointing",
+    "mixed_precision": "optimiser.precision",
+    "max_grad_norm": "optimiser.clip_norm",
+    "lr_scheduler": "optimiser.schedule",
+    "lr_warmup_steps": "optimiser.warmup",
+    "use_8bit_adam": "optimiser.kind",
+    "max_train_steps": "run.steps",
+    "max_steps": "run.steps",
+    "epochs": "run.steps",
+    "output_dir": "run.output",
+    "num_workers": "data.workers",
+    "dataloader_num_workers": "data.workers",
+    "train_data_dir": "data.folder",
+    "image_size": "data.resolution",
+    "checkpointing_steps": "checkpoints.every",
+    "save_every": "checkpoints.every",
+    "snr_gamma": "objective.min_snr",
+    "pretrained_model_name_or_path": "model.unet",
+}
+_SECTIONS = {"train": "run", "training": "run", "dataset": "data", "optimizer": "optimiser"}
+
+
+def _nearest(name: str, section: str, known: Sequence[str]) -> str | None:
+    """The key that was meant, with its section where that is another one.
+
+    ``section`` is empty where ``name`` is a section itself. ``learning_rate`` means ``rate``,
+    though ``final_rate`` looks more like it.
+    """
+    if not section:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return _SECTIONS.get(name) or (close[0] if close else None)
+    words = name.split("_")
+    within = [key for key in known if key in words]
+    if within:
+        return within[0]
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name].removeprefix(f"{section}.")
+    others = {
+        f"{other}.{f.name}": f.name
+        for other, cls in typing.get_type_hints(TrainConfig).items()
+        for f in fields(cls)
+    }
+    same = [place for place, key in others.items() if key == name]
+    own = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    inside = [place for place, key in others.items() if key in words]
+    close = difflib.get_close_matches(name, others.values(), n=1, cutoff=0.7)
+    found = same or own or inside or [p for p, key in others.items() if key in close]
+    return found[0] if found else None
 
 
 def _typed(where: str, value: Any, wanted: Any) -> Any:
@@ -438,6 +496,8 @@ def _typed(where: str, value: Any, wanted: Any) -> Any:
         return tuple(_typed(where, entry, get_args(wanted)[0]) for entry in value)
     if wanted is float and type(value) is int:
         return float(value)
+    if wanted is int and type(value) is float and value.is_integer():
+        return int(value)  # steps = 1e5
     if type(value) is not wanted:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         raise ConfigValueError(f"{where} must be {names.get(wanted, wanted)}, got {value!r}.")
@@ -468,11 +528,14 @@ def _in_range(section: str, values: Any, **ranges: tuple[float, float]) -> None:
             raise ConfigValueError(f"{section}.{name} must lie in [{low}, {high}], got {value!r}.")
 
 
+_SYNONYMS = {"gpu": "cuda", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
 def _one_of(section: str, values: Any, **choices: Sequence[str]) -> None:
     for name, allowed in choices.items():
         value = getattr(values, name)
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, n=1)
+            near = difflib.get_close_matches(_SYNONYMS.get(value, str(value)), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigValueError(
                 f"{section}.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"

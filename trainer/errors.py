@@ -125,24 +125,47 @@ class NonFiniteError(InfiniteIDError):
     """A loss or gradient norm that is not a number; no step was made. Names the samples."""
 
 
+class NotCachedError(InfiniteIDError):
+    """A frozen model gave NaN or infinity for a photo or a caption, and nothing of it was kept."""
+
+
 class RankLostError(InfiniteIDError):
     """Another process of this run is gone."""
 
 
+class MemoryFullError(InfiniteIDError):
+    """The accelerator's or the computer's memory was full; the message says what needs less."""
+
+
 _FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
+
+_FULL_WORDS = ("No space left", "File too large", "Disk quota exceeded", "not enough space")
 
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn the system's "no space left" into ``DiskFullError`` with the path."""
+    """Turn the system's "no space left" into ``DiskFullError`` with the path.
+
+    Also where a library has its own error for it: Arrow an ``OSError`` without errno, safetensors
+    its ``SafetensorError``, torch a ``RuntimeError``, each with the system's words.
+    """
     try:
         yield
-    except OSError as error:
-        # Arrow reports a full disk as an OSError without errno on some systems.
-        if error.errno in _FULL or "No space left" in str(error):
-            raise DiskFullError(
-                path,
-                "the disk is full; nothing half-written was kept. Free some space and run the "
-                "same command again: finished parts are not done twice.",
-            ) from error
-        raise
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not _is_full(error):
+            raise
+        raise DiskFullError(
+            path,
+            "the disk is full; nothing half-written was kept. Free some space and run the "
+            "same command again: finished parts are not done twice.",
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is the system's "no space left"."""
+    while error is not None:
+        known = isinstance(error, OSError) and error.errno in _FULL
+        if known or any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

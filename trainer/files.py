@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from infinite_id_core.errors import FileMissingError
+
+from .errors import BusyError, UnreadableError, disk_errors
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**16
@@ -29,3 +35,48 @@ def sampled_sha256(*paths: Path) -> str:
                 file.seek(max(0, size * i // _SAMPLES - _SAMPLE_BYTES))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+LOCK = ".lock"
+# Data workers of a killed run hold its lock until they notice, which takes them five seconds.
+_WAIT = 10.0
+
+
+@contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """Hold a folder for this process, made where it is not there; a killed process lets go of it.
+
+    ``who`` completes "another ... is writing". Raises ``BusyError`` where another process holds
+    it, ``UnreadableError`` where it cannot be written to, ``DiskFullError``.
+    """
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK, timeout=_WAIT)
+            lock.acquire()
+    except Timeout as error:
+        raise BusyError(
+            folder,
+            f"another {who} is writing to this folder. Wait for it, or choose another folder.",
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UnreadableError(folder, "is, or lies in, a file; expected a folder.") from error
+    except PermissionError as error:
+        raise UnreadableError(folder, f"cannot be written to ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the folder just now; nothing is made or waited for."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False

@@ -92,6 +92,28 @@ def load_text_encoders(source: str | Path) -> TextEncoders:
     return TextEncoders(**built, fingerprint=fingerprint)
 
 
+def check_text_encoders(source: str | Path) -> None:
+    """Find both encoders, with names and shapes, without reading their weights.
+
+    Raises as ``load_text_encoders``.
+    """
+    if str(source) == MICROWORLD:
+        return
+    path = Path(source)
+    if path.is_dir():
+        text_fingerprint(source)
+        return
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
+    prefixes = _kind(path)
+    for name, entry in read_header(path).tensors.items():
+        for prefix, encoder in prefixes.items():
+            if name.startswith(prefix):
+                empty = torch.empty(entry.shape, device="meta")
+                states[encoder][name.removeprefix(prefix)] = empty
+    for name, state in states.items():
+        _build(_in_our_names(state), name, _HEAD_WIDTH, source)
+
+
 def text_fingerprint(source: str | Path) -> str:
     """Changes when the weights do; without loading them. Raises as ``load_text_encoders``."""
     if str(source) == MICROWORLD:
@@ -133,10 +155,11 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
                         states[encoder][inner] = file.get_tensor(name).float()
     except (SafetensorError, OSError) as error:
         raise HeaderError(path, f"cannot be read ({error}).") from error
-    return {
-        name: _from_open_clip(state) if "token_embedding.weight" in state else state
-        for name, state in states.items()
-    }
+    return {name: _in_our_names(state) for name, state in states.items()}
+
+
+def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _from_open_clip(state) if "token_embedding.weight" in state else state
 
 
 def _microworld_states() -> dict[str, dict[str, Tensor]]:
@@ -190,7 +213,10 @@ def _build(state: dict[str, Tensor], name: str, head_width: int, source: str | P
     missing = sorted(wanted - state.keys())
     if missing:
         raise ModelMismatchError(f"{source}: {name} lacks {missing[:3]}.")
-    model.load_state_dict({key: state[key] for key in wanted}, assign=True)
+    try:
+        model.load_state_dict({key: state[key] for key in wanted}, assign=True)
+    except RuntimeError as error:
+        raise ModelMismatchError(f"{source}: {name} is no CLIP text encoder ({error}).") from error
     # Position numbers are a buffer outside the state dict, and were made without memory.
     positions = torch.arange(TOKENS).unsqueeze(0)
     model.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)

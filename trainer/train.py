@@ -34,6 +34,12 @@ def main(argv: Sequence[str]) -> int:
         help="start from the newest checkpoint of run.output (auto), a given one, or none",
     )
     parser.add_argument(
+        "--resume-changed",
+        action="store_true",
+        help="go on from a checkpoint of other settings (rate, batch, filters, number of GPUs), "
+        "with its optimiser's state; what changed is shown and recorded",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check configuration, data and files, estimate memory, disk and time, and end",
@@ -49,13 +55,13 @@ def main(argv: Sequence[str]) -> int:
     if values.dry_run:
         from .training.estimate import dry_run
 
-        print(dry_run(config, values.resume))
+        print(dry_run(config, values.resume, values.resume_changed))
         return 0
     from .training.loop import INTERRUPTED, fill_caches, train
 
     if values.fill_caches:
         return 0 if fill_caches(config) else INTERRUPTED
-    outcome = train(config, values.resume)
+    outcome = train(config, values.resume, changed=values.resume_changed)
     if not outcome.finished:
         print(
             f"Stopped and saved at step {outcome.step}. The same command goes on from there.",

@@ -37,7 +37,7 @@ HEAD_WIDTH = 64  # SDXL's; not in the tensors
 MICROWORLD = "microworld"  # in place of a path: the embedded tiny models
 _GROUPS = 32  # of every group norm of SDXL's UNet
 _TIME_WIDTH = 256  # sine features of each of SDXL's six size and crop ids
-_SIZE_IDS = 6
+SIZE_IDS = 6
 _LATENT_CHANNELS = 4
 _REFINER = (1280, 2560)  # its context and added widths; it has five ids, one an aesthetic score
 
@@ -65,7 +65,7 @@ class LoadedUNet:
     def pooled_width(self) -> int:
         """Width of the pooled text."""
         config = self.unet.config
-        ids = _SIZE_IDS * config.addition_time_embed_dim
+        ids = SIZE_IDS * config.addition_time_embed_dim
         return int(config.projection_class_embeddings_input_dim - ids)
 
 
@@ -114,6 +114,30 @@ def describe_unet(source: str | Path, *, head_width: int = HEAD_WIDTH) -> dict[s
     if Path(source).is_dir():
         return _folder_config(_unet_folder(Path(source)))
     return read_unet_file(Path(source), head_width=head_width).config
+
+
+def unet_name(source: str | Path) -> str:
+    """For the adapter's record: the file's or folder's name, or ``microworld``."""
+    return MICROWORLD if str(source) == MICROWORLD else Path(source).name
+
+
+def unet_fingerprint(source: str | Path) -> str:
+    """Changes when the weights do; without loading them. Raises ``FileMissingError``."""
+    if str(source) == MICROWORLD:
+        from microworld import files
+
+        random = hashlib.sha256(b"microworld's random UNet").hexdigest()
+        return sampled_sha256(files.UNET) if files.UNET.is_file() else random
+    if not Path(source).is_dir():
+        return sampled_sha256(Path(source))
+    return sampled_sha256(*_folder_weights(_unet_folder(Path(source))))
+
+
+def _folder_weights(place: Path) -> list[Path]:
+    weights = sorted(place.glob("*.safetensors"))
+    if not weights:
+        raise FileMissingError(place, "holds no .safetensors file.")
+    return weights
 
 
 # --- single files ----------------------------------------------------------------------------
@@ -232,9 +256,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> LoadedUNet:
 
     place = _unet_folder(folder)
     _folder_config(place)
-    weights = sorted(place.glob("*.safetensors"))
-    if not weights:
-        raise FileMissingError(place, "holds no .safetensors file.")
+    weights = _folder_weights(place)
     model: Any = diffusers.UNet2DConditionModel
     unet = model.from_pretrained(
         place, torch_dtype=dtype, use_safetensors=True, local_files_only=True
@@ -299,9 +321,12 @@ def _load_microworld(dtype: torch.dtype) -> LoadedUNet:
             {ldm: reference[name] for ldm, name in names.items()}
         )
     unet.load_state_dict({names[n]: t.to(dtype) for n, t in state.items()}, assign=True)
-    random = hashlib.sha256(b"microworld's random UNet").hexdigest()
-    fingerprint = sampled_sha256(files.UNET) if files.UNET.is_file() else random
-    return LoadedUNet(unet=unet, schedule=NoiseSchedule(), name=MICROWORLD, fingerprint=fingerprint)
+    return LoadedUNet(
+        unet=unet,
+        schedule=NoiseSchedule(),
+        name=MICROWORLD,
+        fingerprint=unet_fingerprint(MICROWORLD),
+    )
 
 
 # --- names -----------------------------------------------------------------------------------

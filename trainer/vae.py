@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infinite_id_core.checkpoint import read_header
-from infinite_id_core.errors import FileMissingError, HeaderError, ModelMismatchError
+from infinite_id_core.errors import (
+    FileMissingError,
+    HeaderError,
+    ModelMismatchError,
+    NotFiniteError,
+)
 
 from .files import sampled_sha256
 from .unet import MICROWORLD
@@ -79,17 +84,36 @@ def load_vae(source: str | Path) -> Autoencoder:
     """
     module, fingerprint = _load(source)
     module.eval().requires_grad_(False).float()
+    if not all(bool(t.isfinite().all()) for t in module.state_dict().values()):
+        raise NotFiniteError(source, "the autoencoder's weights hold NaN or infinity.")
     return Autoencoder(module=module, fingerprint=fingerprint)
 
 
 def check_vae(source: str | Path) -> None:
-    """Find the autoencoder without reading its weights. Raises as ``load_vae``."""
+    """Find the autoencoder, with names and shapes, without reading its weights.
+
+    Raises as ``load_vae``.
+    """
     if str(source) == MICROWORLD:
         return
-    if Path(source).is_dir():
-        _folder(Path(source))
-    else:
-        _kind(Path(source))
+    path = Path(source)
+    if path.is_dir():
+        _folder(path)
+        return
+    prefix, tiny = _kind(path)
+    state = {
+        name.removeprefix(prefix): torch.empty(entry.shape, device="meta")
+        for name, entry in read_header(path).tensors.items()
+        if name.startswith(prefix)
+    }
+    _built(path, state, tiny)
+
+
+def _built(path: Path, state: dict[str, Tensor], tiny: bool) -> Any:
+    try:
+        return _tiny(state) if tiny else _full(state)
+    except (RuntimeError, LookupError) as error:
+        raise ModelMismatchError(f"{path}: its autoencoder is not SDXL's ({error}).") from error
 
 
 def vae_fingerprint(source: str | Path) -> str:
@@ -113,7 +137,7 @@ def _load(source: str | Path) -> tuple[Any, str]:
     path = Path(source)
     prefix, tiny = _kind(path)
     state = _read(path, prefix)
-    return (_tiny(state) if tiny else _full(path, state)), fingerprint
+    return _built(path, state, tiny), fingerprint
 
 
 def _kind(path: Path) -> tuple[str, bool]:
@@ -142,7 +166,7 @@ def _read(path: Path, prefix: str) -> dict[str, Tensor]:
         raise HeaderError(path, f"cannot be read ({error}).") from error
 
 
-def _full(path: Path, state: dict[str, Tensor]) -> Any:
+def _full(state: dict[str, Tensor]) -> Any:
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -151,10 +175,7 @@ def _full(path: Path, state: dict[str, Tensor]) -> Any:
         module = build(**_SDXL)
     convert: Any = convert_ldm_vae_checkpoint
     converted = convert(state, module.config)
-    try:
-        module.load_state_dict(converted, assign=True)
-    except RuntimeError as error:
-        raise ModelMismatchError(f"{path}: its autoencoder is not SDXL's ({error}).") from error
+    module.load_state_dict(converted, assign=True)
     return module
 
 

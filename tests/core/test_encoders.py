@@ -271,7 +271,7 @@ def test_a_file_gives_the_models_states(tmp_path, model, tiny, named_tiny, prefi
         ({CONV: torch.zeros(96, 3, 16, 16)}, errors.WrongShapeError),
         ({CONV: torch.zeros(96, 3, 14, 14, dtype=torch.int8)}, errors.WrongDtypeError),
         ({CONV: torch.full((96, 3, 14, 14), float("inf"))}, errors.NotFiniteError),
-        ({"vision_model.embeddings.class_embedding": torch.zeros(1)}, errors.WrongFormatError),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(1)}, errors.MissingTensorError),
     ],
 )
 def test_bad_files_are_named(tmp_path, model, named_tiny, changes, error):

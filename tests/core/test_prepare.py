@@ -187,7 +187,7 @@ def test_filters_that_leave_nothing_say_which_did_it(tmp_path):
     folder = write_dataset(tmp_path / "d", [row(0), row(1, width=100)])
     with pytest.raises(FilterError, match="min_short_side=512 removes 1"):
         Dataset(folder)
-    with pytest.raises(FilterError, match="held_out"):
+    with pytest.raises(FilterError, match="nobody is held out"):
         Dataset(folder, split="held_out")
 
 
@@ -504,13 +504,29 @@ def test_near_duplicates_need_hash_and_face():
     assert [rows.tolist() for rows in found] == [[0, 1]]
 
 
+def held_out(people, share=0.05, seed=0):
+    splits = group.splits_of(people, share, seed)
+    assert set(splits) == set(people)
+    return [name for name in people if splits[name] == "held_out"]
+
+
 def test_the_split_is_stable_and_has_the_asked_share():
     names = [f"person-{n}" for n in range(4000)]
-    held = [n for n in names if group.split_of(n, 0.05, 0) == "held_out"]
+    held = held_out(names)
     assert 140 < len(held) < 260
-    assert all(group.split_of(n, 0.10, 0) == "held_out" for n in held)  # more only adds
-    assert [n for n in names if group.split_of(n, 0.05, 1) == "held_out"] != held
-    assert group.split_of("x", 0.0, 0) == "train" and group.split_of("x", 1.0, 0) == "held_out"
+    assert set(held) <= set(held_out(names, 0.10))  # more only adds
+    assert held_out(names[:2000]) == [name for name in held if name in names[:2000]]
+    assert held_out(names, seed=1) != held
+    assert held_out(["x"], 0.0) == [] and held_out(["x"], 1.0) == ["x"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_from_ten_people_on_somebody_is_held_out(seed):
+    names = [f"person-{n}" for n in range(13)]
+    assert len(held_out(names, 1e-9, seed)) == 1
+    assert held_out(names[:9], 1e-9, seed) == []
+    assert held_out(names, 0.0, seed) == []
+    assert set(held_out(names, 1e-9, seed)) <= set(held_out(names, 0.05, seed))
 
 
 # --- what is done ----------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infinite_id_core.errors import FileMissingError
-from trainer.config import Previews, TrainConfig, parse_config, read_config
+from trainer.config import _ELSEWHERE, Previews, TrainConfig, parse_config, read_config
 from trainer.errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
+from trainer.training.checks import check_device
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "run": {"output": "out", "steps": 10},
@@ -53,12 +55,59 @@ def test_an_unknown_key_is_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [
+        ("data", "batch_size", "optimiser.batch"),
+        ("run", "lr", "optimiser.rate"),
+        ("optimiser", "lr", "rate"),
+        ("run", "learning_rate", "optimiser.rate"),
+        ("model", "batch", "optimiser.batch"),
+        ("optimiser", "batch_size", "batch"),
+        ("optimiser", "max_train_steps", "run.steps"),
+        ("optimiser", "drop_identity", "objective.drop_identity"),
+        ("train", "", "run"),
+    ],
+)
+def test_a_key_of_another_section_or_trainer_is_answered_with_its_place(
+    section: str, key: str, meant: str
+) -> None:
+    with pytest.raises(UnknownKeyError, match=f"Did you mean '{re.escape(meant)}'\\?"):
+        parse(**{section: {key: 1} if key else {}})
+
+
+@pytest.mark.parametrize("name", list(_ELSEWHERE.values()))
+def test_the_places_of_other_trainers_names_exist(name: str) -> None:
+    section, key = name.split(".")
+    assert key in {f.name for f in fields(typing.get_type_hints(TrainConfig)[section])}
+
+
+def test_what_people_write_is_taken() -> None:
+    assert parse(run={"steps": 1e5}).run.steps == 100_000
+    assert type(parse(run={"steps": 1e5}).run.steps) is int
+    assert parse(run={"device": "cuda"}).run.device == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_named(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.cuda if device == "cuda" else torch.backends.mps
+    monkeypatch.setattr(module, "is_available", lambda: False)
+    with pytest.raises(ConfigValueError, match=f"run.device is '{device}', .* finds no such"):
+        check_device(device)
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    assert check_device(device).type == device
+
+
+@pytest.mark.parametrize(
     ("section", "entries", "message"),
     [
         ("run", {"steps": 0}, r"run.steps must lie in \[1, 1000000000\], got 0"),
         ("run", {"steps": "many"}, "run.steps must be a whole number, got 'many'"),
         ("run", {"steps": True}, "run.steps must be a whole number, got True"),
-        ("run", {"device": "gpu"}, "run.device must be one of auto, cpu; got 'gpu'"),
+        ("run", {"device": "gpu"}, "one of auto, cpu, cuda, mps; got 'gpu'. Did you mean 'cuda'"),
+        ("run", {"device": "cuda:1"}, "got 'cuda:1'. Did you mean 'cuda'"),
+        ("run", {"steps": 1.5}, "run.steps must be a whole number, got 1.5"),
+        ("run", {"steps": float("inf")}, "run.steps must be a whole number, got inf"),
+        ("optimiser", {"precision": "float16"}, "Did you mean 'fp16'?"),
         ("optimiser", {"rate": -1.0}, r"optimiser.rate must lie in \[0.0, 1.0\]"),
         ("optimiser", {"rate": float("nan")}, "optimiser.rate must lie"),
         ("optimiser", {"precision": "bf61"}, "Did you mean 'bf16'?"),
@@ -152,7 +201,8 @@ def test_the_page_names_keys_that_exist() -> None:
     known = {f"{name}.{f.name}" for name, cls in sections.items() for f in fields(cls)}
     named = re.findall(rf"\b(?:{'|'.join(sections)})\.[a-z_0-9]+", PAGE.read_text(encoding="utf-8"))
     assert len(set(named)) > 30
-    assert set(named) - known == {"adapter.safetensors"}  # a file, not a key
+    files = {"adapter.safetensors", "model.safetensors"}
+    assert set(named) - known == files
 
 
 def test_the_pages_second_stage_is_a_valid_configuration() -> None:

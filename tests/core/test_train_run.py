@@ -15,20 +15,31 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infinite_id_core.checkpoint import read_adapter, read_header
-from infinite_id_core.errors import MissingPackageError, ModelMismatchError
+from infinite_id_core.errors import MissingPackageError, ModelMismatchError, NotFiniteError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.schedule import NoiseSchedule
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
-from trainer.errors import DiskFullError, NonFiniteError, ResumeError
+from trainer.errors import (
+    BusyError,
+    DiskFullError,
+    NonFiniteError,
+    NotCachedError,
+    ResumeError,
+    UnreadableError,
+)
+from trainer.files import locked
 from trainer.training import loop, state
+from trainer.training.checks import adapter_config
+from trainer.training.estimate import dry_run
 from trainer.training.objective import Objective, TrainingModel, face_bell
 from trainer.training.samples import Caches, Keys, Plan, Samples
 from trainer.unet import load_unet
-from trainer.vae import Autoencoder
+from trainer.vae import Autoencoder, _microworld_state
 
 from . import train_world
 
@@ -61,7 +72,7 @@ def parts(config: TrainConfig) -> tuple[Any, Any]:
     loaded = loop.prepare_unet(config, torch.device("cpu"))
     dataset = Dataset(config.data.folder, config.filters)
     return loaded, loop.new_adapter(
-        config, loop.adapter_config(config, dataset, loaded), loaded.unet
+        config, adapter_config(config, dataset, loaded.context_width), loaded.unet
     )
 
 
@@ -239,12 +250,64 @@ def test_a_run_from_before_an_option_existed_is_resumed(
         **record.config,
         "objective": {k: v for k, v in record.config["objective"].items() if k != "face_weight"},
     }
-    record.check(dataclasses.replace(record, config=older), tmp_path)
+    assert record.following(dataclasses.replace(record, config=older), tmp_path) == record
     other = {**record.config, "objective": {**record.config["objective"], "face_weight": 1.0}}
     with pytest.raises(ResumeError, match="objective.face_weight: 0.0 then, 1.0 now"):
-        dataclasses.replace(record, config=other).check(
+        dataclasses.replace(record, config=other).following(
             dataclasses.replace(record, config=older), tmp_path
         )
+
+
+def test_a_changed_run_is_resumed_when_asked_with_the_optimisers_state(
+    plain_run: Path, settings: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    changes: dict[str, Any] = {
+        "run": {"steps": 6},
+        "optimiser": {"rate": 5e-4, "weight_decay": 0.5, "batch": 3, "ema": 0.5},
+        "filters": {"min_similarity": 0.4},
+    }
+    with pytest.raises(ResumeError, match="--resume-changed"):
+        loop.train(settings(**changes))
+    assert "going on from" in dry_run(settings(**changes), changed=True)
+    assert loop.train(settings(**changes), changed=True).step == 6
+    said = caplog.text
+    for words in (
+        "optimiser.rate: 0.001 then, 0.0005 now",
+        "optimiser.batch: 2 then, 3 now",
+        "filters.min_similarity: 0.5 then, 0.4 now",
+    ):
+        assert words in said
+    last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    values = torch.load(last / state.STATE, weights_only=True)["optimiser"]
+    assert {int(entry["step"]) for entry in values["state"].values()} == {6}  # 4 and 2, not 2
+    assert values["param_groups"][0]["weight_decay"] == 0.5
+    (change,) = json.loads((last / state.CONFIG).read_text(encoding="utf-8"))["changes"]
+    assert change["step"] == 4 and "optimiser.rate: 0.001 then, 0.0005 now" in change["changed"]
+    # From here on these are the run's settings, and the change stays on record.
+    changes["run"] = {"steps": 7}
+    assert loop.train(settings(**changes)).step == 7
+    last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert state.read_record(last).changes == (change,)
+
+
+def test_a_change_that_the_weights_do_not_fit_is_refused_even_so(
+    plain_run: Path, settings: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    for sections in (
+        {"encoder": {"embedding": "raw"}},
+        {"adapter": {"face_tokens": 2}},
+        {"model": {"unet": "microworld"}},
+    ):
+        with pytest.raises(ResumeError, match="set it back"):
+            loop.train(settings(run={"steps": 5}, **sections), changed=True)
+
+
+def test_a_run_that_never_changed_is_written_as_ever(plain_run: Path) -> None:
+    last = state.checkpoints(plain_run / "checkpoints")[-1]
+    values = json.loads((last / state.CONFIG).read_text(encoding="utf-8"))
+    assert set(values) == {"config", "fingerprints", "step", "world"}
 
 
 def test_a_run_on_other_data_is_not_resumed(plain_run: Path, settings: Any, tmp_path: Path) -> None:
@@ -300,6 +363,48 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert loop.train(config).finished
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_checkpoint_that_really_fails_midway_is_a_full_disk(settings: Any) -> None:
+    """torch says it by a RuntimeError about positions, safetensors by an error of its own."""
+    import resource
+
+    config = settings(run={"steps": 2}, checkpoints={"every": 1})
+    loop.train(settings("whole", run={"steps": 1}))
+    (whole,) = state.checkpoints(state.checkpoint_folder(settings("whole")))
+    sizes = [(whole / name).stat().st_size for name in (state.ADAPTER, state.STATE)]
+    assert sizes[0] < sizes[1]
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (sizes[0] // 2, (sizes[0] + sizes[1]) // 2):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+            with pytest.raises(DiskFullError, match="step-00000001"):
+                loop.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(state.checkpoint_folder(config).iterdir())
+    assert loop.train(config).finished
+
+
+def test_two_runs_on_one_output_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("trainer.files._WAIT", 0.2)
+    config = settings()
+    with locked(tmp_path / "run", "training"):
+        with pytest.raises(BusyError, match="run: another training is writing"):
+            loop.train(config)
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    assert loop.train(config).finished
+
+
+def test_an_output_that_is_a_file_is_named(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UnreadableError, match="expected a folder"):
+        loop.train(settings())
+
+
 def test_asked_to_stop_while_caches_fill_it_goes_on_from_what_is_there(
     monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path
 ) -> None:
@@ -324,37 +429,65 @@ def test_asked_to_stop_while_caches_fill_it_goes_on_from_what_is_there(
 # --- refusing --------------------------------------------------------------------------------
 
 
-def poison(config: TrainConfig, number: int, value: float) -> str:
-    """Put ``value`` into the cached latent of a sample; returns its description."""
-    dataset = Dataset(config.data.folder, config.filters)
-    plan = Plan(config, dataset, config.optimiser.batch)
-    caches = Caches.below(config)
-    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
-    choice = plan.choice(number)
-    crop = plan.crop(choice.target, choice.crop)
-    key = keys.latent(dataset.row(choice.target), crop)
-    latent = caches.latents.read(key)
-    shutil.rmtree(caches.latents.folder)
-    caches = Caches.below(config)
-    caches.latents.write({key: torch.full_like(latent, value)})
-    return choice.describe(dataset)
-
-
 def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_sample(
-    settings: Any, tmp_path: Path, root: Path
+    monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:
-    shutil.copytree(root / "data", tmp_path / "data")
-    config = settings(
-        run={"steps": 9}, data={"folder": str(tmp_path / "data")}, checkpoints={"every": 1}
-    )
-    loop.train(settings("first", run={"steps": 1}, data={"folder": str(tmp_path / "data")}))
-    named = poison(config, 5, float("nan"))
+    config = settings(run={"steps": 9}, checkpoints={"every": 1})
+    losses = Objective.losses
+
+    def spoilt(self: Objective, output: Any, batch: Any) -> Any:
+        return tuple(
+            torch.where(batch["number"] == 5, loss + float("nan"), loss)
+            for loss in losses(self, output, batch)
+        )
+
+    monkeypatch.setattr(Objective, "losses", spoilt)
     with pytest.raises(NonFiniteError) as caught:
         loop.train(config)
+    dataset = Dataset(config.data.folder, config.filters)
+    named = Plan(config, dataset, config.optimiser.batch).choice(5).describe(dataset)
     assert named in str(caught.value)
     last = state.checkpoints(state.checkpoint_folder(config))[-1]
+    assert last.name == "step-00000002"
     assert str(last) in str(caught.value)
     assert all(t.isfinite().all() for t in read_adapter(last / state.ADAPTER).state_dict().values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_with_a_number_that_is_none_is_named_and_computed_again(
+    settings: Any, tmp_path: Path, workers: int
+) -> None:
+    """As an older release wrote them."""
+    config = settings(data={"cache": str(tmp_path / "cache"), "workers": workers})
+    assert loop.fill_caches(config)
+    (pack,) = Caches.below(config).latents.folder.glob("*.safetensors")
+    save_file({k: t + float("nan") for k, t in load_file(pack).items()}, pack)
+    with pytest.raises(NotFiniteError, match=f"{pack.name}.*holds NaN.*Delete it"):
+        loop.train(config)
+    pack.unlink()
+    assert loop.train(config).finished
+
+
+def test_an_autoencoder_that_overflows_is_named_and_nothing_is_cached(
+    settings: Any, tmp_path: Path
+) -> None:
+    vae = tmp_path / "vae.safetensors"
+    weights = {name: tensor.clone() for name, tensor in _microworld_state().items()}
+    last = max((n for n in weights if n.startswith("taesd_encoder")), key=_layer)
+    weights[last] += 1e9
+    save_file(weights, vae)
+    config = settings(model={"vae": str(vae)}, data={"cache": str(tmp_path / "cache")})
+    with pytest.raises(NotCachedError, match=r"autoencoder gives NaN.*photo .* in .*00000\.tar"):
+        loop.train(config)
+    assert not list((tmp_path / "cache" / "latents").glob("*"))
+    weights[last] += float("nan")
+    save_file(weights, vae)
+    with pytest.raises(NotFiniteError, match="vae.safetensors: .*NaN"):
+        loop.train(config)
+
+
+def _layer(name: str) -> tuple[int, str]:
+    return int(name.split(".")[1]), name
 
 
 def test_a_norm_that_is_no_number_stops_before_the_step(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from infinite_id_core.errors import NotFiniteError
 from infinite_id_core.host_diffusers import default_size_ids
 from trainer.config import Data
 from trainer.data_index import Dataset
@@ -321,6 +322,14 @@ def test_a_full_disk_leaves_no_half_pack(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DiskFullError):
         FeatureCache(tmp_path).write({"a": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_not_written(tmp_path: Path, value: float) -> None:
+    cache = FeatureCache(tmp_path)
+    with pytest.raises(NotFiniteError, match="not written"):
+        cache.write({"a": torch.ones(1), "b": torch.tensor([0.0, value])})
+    assert list(tmp_path.iterdir()) == [] and cache.missing(["a"]) == ["a"]
 
 
 def test_keys_are_hashes_of_plain_values() -> None:

@@ -7,7 +7,7 @@ near-duplicates, then people with too few photos. Everything is a pure function 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,8 @@ Texts = NDArray[Any]
 
 EXACT_LIMIT = 100_000  # faces; above, neighbours are searched in cells of a coarse quantiser
 LINKAGE_LIMIT = 4_000  # faces of one group whose distances are all compared
+ALWAYS_HELD_OUT = 10  # people; from here on at least one of them is held out
+GROUP_VERSION = 2  # counts up when this stage, alone, gives another result for the same input
 _KEY_DIGITS = 24
 
 
@@ -410,10 +412,22 @@ def _drop_singles(names: Texts, reason: Reasons, min_photos: int) -> None:
 # --- the result ------------------------------------------------------------------------------
 
 
-def split_of(identity: str, held_out: float, seed: int) -> str:
-    """``held_out`` or ``train``, by a hash of the name alone: adding people moves nobody."""
+def splits_of(people: Collection[str], held_out: float, seed: int) -> dict[str, str]:
+    """``held_out`` or ``train`` for everybody, by a hash of the name.
+
+    Adding people moves nobody, but for one: from ``ALWAYS_HELD_OUT`` people on, the one of the
+    smallest hash is held out in any case, unless ``held_out`` is 0.
+    """
+    hashes = {name: _hash_of(name, seed) for name in people}
+    edge = held_out * 2**64
+    if held_out and len(hashes) >= ALWAYS_HELD_OUT:
+        edge = max(edge, min(hashes.values()) + 1)
+    return {name: "held_out" if value < edge else "train" for name, value in hashes.items()}
+
+
+def _hash_of(identity: str, seed: int) -> int:
     digest = hashlib.sha256(f"{seed}:{identity}".encode()).digest()
-    return "held_out" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
+    return int.from_bytes(digest[:8], "big")
 
 
 def _result(
@@ -428,7 +442,8 @@ def _result(
 ) -> Grouped:
     kept = np.nonzero(reason.open)[0]
     keys = columns.key
-    splits = {name: split_of(name, options.held_out, options.seed) for name in set(names)}
+    splits = dict.fromkeys(names, "train")  # people without a photo left are in no split
+    splits |= splits_of(set(names[kept]), options.held_out, options.seed)
     new = {
         "identity": names,
         "key": keys,

@@ -25,7 +25,7 @@ from ..errors import BusyError, NoFacesError, NoPairsError, UnreadableError, dis
 from ..shards import SHARDS
 from .engines import Engine, open_engine
 from .faces import FaceModels
-from .group import Grouped, group_photos
+from .group import GROUP_VERSION, Grouped, group_photos
 from .manifest import (
     Target,
     fingerprint_of,
@@ -173,7 +173,9 @@ class _Run:
         target = Target(
             record=work / "group.json",
             outputs=(work / "group.parquet", work / "dropped.parquet"),
-            fingerprint=fingerprint_of(STAGE_VERSION, inputs, self.options.to_json()),
+            fingerprint=fingerprint_of(
+                STAGE_VERSION, GROUP_VERSION, inputs, self.options.to_json()
+            ),
         )
         known = finished(target)
         if known is not None:

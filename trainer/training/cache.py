@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infinite_id_core.checkpoint import read_header, replacing
-from infinite_id_core.errors import FileError
+from infinite_id_core.errors import FileError, NotFiniteError
 
 from ..errors import disk_errors
 
@@ -33,6 +33,11 @@ def key_of(*values: object) -> str:
     """The name of a cached tensor: a hash of the plain values that it is made from."""
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every number is one."""
+    return bool(tensor.isfinite().all())
 
 
 class FeatureCache:
@@ -66,18 +71,22 @@ class FeatureCache:
         """Keep the tensors that are not there yet.
 
         An entry never changes: computed again in another batch it would differ by rounding, and
-        a resumed run with it. Raises ``DiskFullError``; nothing half-written stays.
+        a resumed run with it. Raises ``NotFiniteError`` (a number that is none would spoil every
+        later run), ``DiskFullError``; nothing half-written stays.
         """
         tensors = {key: entries[key].cpu().contiguous() for key in self.missing(entries)}
         if not tensors:
             return
         path = self.folder / f"{key_of(*sorted(tensors))}.safetensors"
+        for key, tensor in tensors.items():
+            if not finite(tensor):
+                raise NotFiniteError(path, f"was not written: {key} holds NaN or infinity.")
         with disk_errors(path), replacing(path) as temporary:
             save_file(tensors, temporary)
         self._packs.update(dict.fromkeys(tensors, path))
 
     def read(self, key: str) -> Tensor:
-        """One tensor."""
+        """One tensor. Raises ``NotFiniteError`` for one that is no number: of an older release."""
         path = self._packs[key]
         file = self._open.pop(path, None)
         if file is None:
@@ -86,6 +95,11 @@ class FeatureCache:
             file = safe_open(path, framework="pt")
         self._open[path] = file
         tensor: Tensor = file.get_tensor(key)
+        if not finite(tensor):
+            raise NotFiniteError(
+                path, f"this cache file holds NaN or infinity (entry {key}). Delete it and run the "
+                "same command again: what it held is computed anew."
+            )  # fmt: skip
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:

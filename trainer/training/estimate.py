@@ -24,23 +24,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.checkpoint import read_adapter, read_header
-from infinite_id_core.errors import IdentityMismatchError
 from infinite_id_core.host_diffusers import identity_training, unet_layers
 from infinite_id_core.identity import CLIP_TOKENS
-from infinite_id_core.packages import require
 
 from ..config import TrainConfig
 from ..data_index import Dataset
-from ..errors import DiskFullError
-from ..prompts import read_prompts
-from ..text import TOKENS, text_fingerprint
-from ..unet import MICROWORLD, describe_unet
-from ..vae import check_vae
+from ..errors import BusyError, DiskFullError
+from ..files import is_locked
+from ..text import TOKENS
 from . import state
-from .features import clip_width, reference_row
+from .checks import DTYPES, check_device, check_run
+from .features import clip_width
+from .memory import LESS_MEMORY
 from .objective import TrainingModel
-from .samples import LATENT_CHANNELS, LATENT_STRIDE, Plan
+from .samples import LATENT_CHANNELS, LATENT_STRIDE
 
 _EFFICIENCY = 0.5  # of a matrix product's rate: what a UNet's mixed work reaches, roughly
 _SLACK = 1.15  # allocator, libraries, kernels' workspace
@@ -82,25 +79,22 @@ class Estimate:
 # --- checking --------------------------------------------------------------------------------
 
 
-def dry_run(config: TrainConfig, resume: str = "auto") -> str:
+def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) -> str:
     """Check all that a run would meet and say what it will take.
 
     Raises the same named errors that the run would, and ``DiskFullError`` where caches and
     checkpoints will not fit.
     """
-    dataset = Dataset(config.data.folder, config.filters, "train")
-    world = 1
-    options = config.optimiser
-    plan = Plan(config, dataset, options.batch * options.accumulation * world)
-    plan.choice(0)
-    dataset.photo(0)
-    unet = build_meta(config)
-    _check_models(config, dataset)
     start = state.find_checkpoint(config, resume)
+    options = config.optimiser
+    checked = check_run(config, start, options.batch * options.accumulation, changed=changed)
+    plan, dataset, unet = checked.plan, checked.plan.dataset, checked.unet
+    if is_locked(Path(config.run.output)):
+        raise BusyError(config.run.output, "a training is writing to this folder just now.")
     first = state.read_record(start).step if start else 0
     estimate = estimate_memory(config, unet)
     disk = _check_disk(config, dataset, estimate)
-    device = _device(config)
+    device = check_device(config.run.device)
     seconds = estimate.cost.flops * options.accumulation / _rate(device, config)
     steps = config.run.steps - first
     pairs = sum(bool(dataset.pairs_of(name)) for name in dataset.identities[:200])
@@ -121,33 +115,6 @@ def dry_run(config: TrainConfig, resume: str = "auto") -> str:
         f"this device ({device.type}), after the caches are filled",
     ]
     return "\n".join(lines)
-
-
-def _check_models(config: TrainConfig, dataset: Dataset) -> None:
-    check_vae(config.model.vae_source)
-    if config.encoder.clip_model != MICROWORLD:
-        read_header(config.encoder.clip_weights)
-    clip_width(config.encoder)
-    if config.objective.reads_text:
-        text_fingerprint(config.model.text_source)
-    if config.optimiser.kind == "adamw8bit":
-        purpose = "for optimiser.kind = 'adamw8bit' (or use 'adamw')"
-        require("bitsandbytes", purpose, "bitsandbytes")
-    if config.log.tensorboard:
-        purpose = "to log (or set log.tensorboard=false)"
-        require("torch.utils.tensorboard", purpose, "tensorboard")
-    if config.adapter.start_from:
-        before = read_adapter(config.adapter.start_from).config
-        if before.recogniser != dataset.info.recogniser:
-            raise IdentityMismatchError(
-                f"{config.adapter.start_from} was trained with {before.recogniser}, the data was "
-                f"prepared with {dataset.info.recogniser}."
-            )
-    if config.previews.every:
-        held_out = Dataset(config.data.folder, config.filters, "held_out")
-        reference_row(held_out, held_out.identities[0])
-        if config.previews.prompts:
-            read_prompts(config.previews.prompts)
 
 
 def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> int:
@@ -172,21 +139,6 @@ def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> in
 
 
 # --- memory and arithmetic -------------------------------------------------------------------
-
-
-def build_meta(config: TrainConfig) -> Any:
-    """The configured UNet on the meta device, in its working precision.
-
-    Raises ``NotSDXLError``, subclasses of ``FileError``.
-    """
-    import diffusers
-
-    described = describe_unet(config.model.unet, head_width=config.model.head_width)
-    build: Any = diffusers.UNet2DConditionModel
-    with torch.device("meta"):
-        unet = build(**described)
-    torch.nn.Module.to(unet, _low(config))  # diffusers' own warns of layers SDXL has none of
-    return unet.requires_grad_(False)
 
 
 def estimate_memory(config: TrainConfig, unet: Any) -> Estimate:
@@ -354,24 +306,10 @@ class _FlashAttention(torch.autograd.Function):
 # --- this device -----------------------------------------------------------------------------
 
 
-def _low(config: TrainConfig) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-        config.optimiser.precision
-    ]
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if config.run.device == "auto" and torch.cuda.is_available():
-        return torch.device("cuda")
-    if config.run.device == "auto" and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def _rate(device: torch.device, config: TrainConfig) -> float:
     """Useful floating-point operations a second, from a matrix product on the device."""
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device, dtype=_low(config))
+    a = torch.ones(size, size, device=device, dtype=DTYPES[config.optimiser.precision])
     product = a @ a  # the first call starts the libraries
     _finish(device)
     started, rounds = time.perf_counter(), 0
@@ -396,10 +334,7 @@ def _fits(device: torch.device, estimate: Estimate) -> str:
     there = int(torch.cuda.get_device_properties(device).total_memory)
     if estimate.memory <= there:
         return f" (it has {there / _GIB:.1f})"
-    return (
-        f". It has only {there / _GIB:.1f}: set optimiser.checkpointing, a smaller "
-        "optimiser.batch with more accumulation, or optimiser.kind = 'adamw8bit'"
-    )
+    return f". It has only {there / _GIB:.1f}: {LESS_MEMORY}"
 
 
 def _millions(unet: Any) -> int:

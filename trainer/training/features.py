@@ -19,6 +19,7 @@ from torch import Tensor
 from infinite_id_core.encoders import (
     OpenClipVision,
     build_open_clip,
+    check_open_clip,
     hidden_states,
     load_open_clip,
 )
@@ -27,13 +28,16 @@ from infinite_id_core.face import CROP_SIZE, align
 from infinite_id_core.packages import require
 
 from ..config import Encoder, TrainConfig
-from ..data_index import Dataset
+from ..data_index import Dataset, Row
+from ..errors import NotCachedError
 from ..files import sampled_sha256
+from ..shards import SHARDS
 from ..text import load_text_encoders, text_fingerprint
 from ..unet import MICROWORLD
 from ..vae import load_vae, vae_fingerprint
-from .cache import PACK, FeatureCache
+from .cache import PACK, FeatureCache, finite
 from .samples import Caches, Fingerprints, Keys, Plan
+from .workers import batches, leave_signals, refused
 
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 """``(label, things, how many)`` -> the same things, with a bar."""
@@ -52,6 +56,15 @@ def load_clip_vision(encoder: Encoder) -> OpenClipVision:
         config, weights = open_clip_config_and_weights()
         return build_open_clip(config, weights, MICROWORLD)
     return load_open_clip(encoder.clip_model, encoder.clip_weights)
+
+
+def check_clip_vision(encoder: Encoder) -> None:
+    """Find the encoder, with names and shapes, without reading its weights.
+
+    Raises as ``load_clip_vision``.
+    """
+    if encoder.clip_model != MICROWORLD:
+        check_open_clip(encoder.clip_model, encoder.clip_weights)
 
 
 def clip_width(encoder: Encoder) -> int:
@@ -125,12 +138,12 @@ class JobPictures(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``pixels [crops, 3, H, W]`` and ``face [S, S, 3]``, or None; or an ``error``."""
+        """``pixels [crops, 3, H, W]`` and ``face [S, S, 3]``, or None; or ``refused``."""
         job = self.jobs[index]
         try:
             photo = self.plan.dataset.photo(job.row)
-        except FileError as error:  # its type does not survive the way out of a worker
-            return {"error": (type(error), str(error.path), error.problem)}
+        except FileError as error:
+            return refused(error)
         crops = [self.plan.crop(job.row, k).cut(photo) for k in job.crops]
         face = aligned_face(self.plan, job.row, photo) if job.clip else None
         return {
@@ -167,7 +180,7 @@ def compute_missing(
     """Fill the caches for training and for the held-out people's references.
 
     ``part`` is (this process, how many). Returns how many tensors were made. Raises what loading
-    the encoders and reading the shards raises, ``DiskFullError``.
+    the encoders and reading the shards raises, ``NotCachedError``, ``DiskFullError``.
     """
     rank, world = part
     jobs = photo_jobs(plan, keys, caches, range(len(plan.dataset)))[rank::world]
@@ -208,23 +221,28 @@ def _compute_photos(
     if clip is not None:
         clip.model.to(device)
     latents, states = _Pack(caches.latents), _Pack(caches.clip)
-    workers = torch.utils.data.DataLoader(
-        JobPictures(plan, jobs), batch_size=None, num_workers=plan.config.data.workers
+    loader: Any = torch.utils.data.DataLoader(
+        JobPictures(plan, jobs),
+        batch_size=None,
+        num_workers=plan.config.data.workers,
+        worker_init_fn=leave_signals,
     )
-    for pictures in progress("latents and identity features", workers, len(jobs)):
-        if "error" in pictures:
-            kind, path, problem = pictures["error"]
-            raise kind(path, problem)
-        job: PhotoJob = pictures["job"]
-        row = plan.dataset.row(job.row)
-        if vae is not None and pictures["pixels"] is not None:
-            encoded = vae.encode(pictures["pixels"].to(device)).half()
-            names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
-            latents.add(dict(zip(names, encoded.cpu(), strict=True)))
-        if clip is not None and pictures["face"] is not None:
-            layer = plan.config.encoder.clip_layer
-            encoded = hidden_states(clip, [pictures["face"]], layer)
-            states.add({keys.clip(row): encoded[0].half()})
+    with batches(loader) as photos:
+        for pictures in progress("latents and identity features", photos, len(jobs)):
+            job: PhotoJob = pictures["job"]
+            row = plan.dataset.row(job.row)
+            if vae is not None and pictures["pixels"] is not None:
+                encoded = vae.encode(pictures["pixels"].to(device)).half()
+                _check_finite(encoded, "The autoencoder", "model.vae", _photo(plan, row))
+                names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
+                latents.add(dict(zip(names, encoded.cpu(), strict=True)))
+            if clip is not None and pictures["face"] is not None:
+                layer = plan.config.encoder.clip_layer
+                encoded = hidden_states(clip, [pictures["face"]], layer)[0].half()
+                _check_finite(
+                    encoded, "The image encoder", "encoder.clip_weights", _photo(plan, row)
+                )
+                states.add({keys.clip(row): encoded})
     latents.close()
     states.close()
     return latents.count + states.count
@@ -247,13 +265,29 @@ def _compute_captions(
         return 0
     encoders = load_text_encoders(plan.config.model.text_source).to(device)
     pack = _Pack(caches.text)
-    batches = list(_batches(missing, _CAPTIONS))
-    for batch in progress("captions", batches, len(batches)):
+    parts = list(_batches(missing, _CAPTIONS))
+    for batch in progress("captions", parts, len(parts)):
         prompt = encoders.encode([by_key[key] for key in batch])
         for key, context, pooled in zip(batch, prompt.context, prompt.pooled, strict=True):
-            pack.add({key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()})
+            entries = {key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()}
+            for tensor in entries.values():
+                caption = f"the caption {by_key[key]!r}"
+                _check_finite(tensor, "The text encoder", "model.text_encoders", caption)
+            pack.add(entries)
     pack.close()
     return pack.count
+
+
+def _photo(plan: Plan, row: Row) -> str:
+    return f"photo {row.key} of {row.identity} in {plan.dataset.folder / SHARDS / row.shard}"
+
+
+def _check_finite(tensor: Tensor, model: str, key: str, what: str) -> None:
+    if not finite(tensor):
+        raise NotCachedError(
+            f"{model} gives NaN or infinity for {what}. Nothing of it was cached. The file in "
+            f"{key} is damaged, or its numbers are too large for 16 bits: give another one."
+        )
 
 
 def _batches(things: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -10,40 +10,45 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.checkpoint import read_adapter, write_adapter
-from infinite_id_core.errors import ModelMismatchError
+from infinite_id_core.checkpoint import write_adapter
+from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
 from infinite_id_core.packages import require
 from infinite_id_core.schedule import NoiseSchedule
 
-from ..config import FileDtype, Optimiser, Precision, TrainConfig
-from ..data_index import Dataset
-from ..errors import NonFiniteError, RankLostError, ResumeError
+from ..config import Optimiser, TrainConfig
+from ..errors import NonFiniteError, RankLostError, disk_errors
+from ..files import locked
 from ..likeness import Recogniser
 from ..text import TOKENS
 from ..unet import LoadedUNet, load_unet
 from . import state
-from .features import clip_width, compute_missing, fingerprints_of
+from .checks import (
+    DTYPES,
+    adapter_to_start_from,
+    check_data,
+    check_device,
+    check_held_out,
+    check_models,
+    check_run,
+)
+from .features import compute_missing, fingerprints_of
+from .fellows import Fellows
 from .log import RunLog, bar, logger, no_bar
+from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
 from .previews import Preview, Previewer, scores
 from .samples import Caches, Keys, Plan, Samples, Share, loader
+from .workers import batches
 
 INTERRUPTED = 143  # exit status after SIGTERM, as shells count it
-DTYPES: dict[Precision | FileDtype, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+Thing = TypeVar("Thing")
 _SMALLEST_SCALE = 1.0  # of fp16's loss: below, something other than its range is wrong
 
 
@@ -59,26 +64,70 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig, resume: str = "auto", *, recogniser: Recogniser | None = None
+    config: TrainConfig,
+    resume: str = "auto",
+    *,
+    changed: bool = False,
+    recogniser: Recogniser | None = None,
 ) -> Outcome:
     """Run or resume a training.
 
-    ``resume``: ``auto``, ``none`` or a checkpoint's folder. ``recogniser`` scores previews in
+    ``resume``: ``auto``, ``none`` or a checkpoint's folder. ``changed``: a checkpoint of other
+    settings is gone on from, with its optimiser's state. ``recogniser`` scores previews in
     place of ``previews.face_models``. Raises named errors of data, files and configuration, and
     ``NonFiniteError``, ``ResumeError``, ``RankLostError``.
     """
-    with _Processes(config) as processes:
-        return _Trainer(config, processes, resume, recogniser).run()
+    output = Path(config.run.output)
+    with (
+        _Processes(config) as processes,
+        processes.losses_named(),
+        processes.alone_in(output),
+        disk_errors(output),
+    ):
+        return _Trainer(config, processes, resume, changed, recogniser).run()
 
 
 def fill_caches(config: TrainConfig) -> bool:
     """Compute what training would cache before its first step; False if it was asked to stop.
 
-    Raises what ``train`` raises before that step.
+    Neither the UNet nor what learns is loaded, and nothing of ``run.output`` is looked at. Raises
+    what ``train`` raises of the data and of the models whose outputs are cached.
     """
-    with _Processes(config) as processes:
-        _Trainer(config, processes, "none", None)
+    with _Processes(config) as processes, processes.losses_named():
+        plan = check_data(config, 1)
+        check_models(config)
+        held_out = check_held_out(config, 1)
+        keys = Keys(config=config, fingerprints=fingerprints_of(config))
+        _fill(plan, held_out, keys, Caches.below(config), processes)
         return not processes.any_stop()
+
+
+def _fill(
+    plan: Plan, held_out: Plan | None, keys: Keys, caches: Caches, processes: _Processes
+) -> None:
+    """Fill the caches, each process its part; a stopped run does the rest when resumed."""
+
+    def until_asked_to_stop(label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
+        shown = bar if processes.main else no_bar
+        for thing in shown(label, things, count):
+            yield thing
+            if processes.stop:  # filling takes hours for many photos
+                return
+
+    with memory_errors("filling the caches", LESS_IN_CACHES):
+        made = compute_missing(
+            plan,
+            keys,
+            caches,
+            processes.device,
+            held_out=held_out,
+            part=(processes.rank, processes.world),
+            progress=until_asked_to_stop,
+        )
+    if made and processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    processes.wait()
+    caches.refresh()
 
 
 # --- processes -------------------------------------------------------------------------------
@@ -89,6 +138,7 @@ class _Processes:
 
     def __init__(self, config: TrainConfig) -> None:
         accelerate = require("accelerate", "to train", "accelerate")
+        check_device(config.run.device)
         # Autocast is the loop's own: the configuration alone decides, not the launcher.
         self.accelerator: Any = accelerate.Accelerator(
             mixed_precision="no", cpu=config.run.device == "cpu"
@@ -98,7 +148,9 @@ class _Processes:
         self.world: int = self.accelerator.num_processes
         self.main = self.rank == 0
         self.stop = False
+        self._folder = state.checkpoint_folder(config)
         self._before: dict[int, Any] = {}
+        self._fellows = Fellows(self.rank) if self.world > 1 else None
 
     def __enter__(self) -> _Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,7 +159,12 @@ class _Processes:
                 self._before[number] = signal.signal(number, self._ask_to_stop)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._fellows is not None:
+            if error is None:
+                self._fellows.close()
+            else:
+                self._fellows.failed(error)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -146,12 +203,32 @@ class _Processes:
 
         return broadcast_object_list([thing])[0]
 
+    def agreed(self, do: Callable[[], Thing]) -> Thing:
+        """What ``do`` gives on the main process; all get it, or the named error it raised."""
+        found: Thing | InfiniteIDError | None = None
+        if self.main:
+            try:
+                found = do()
+            except InfiniteIDError as error:
+                found = error
+        found = self.from_main(found)
+        if isinstance(found, InfiniteIDError):
+            raise found
+        return cast(Thing, found)
+
+    @contextlib.contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Hold the folder for this run. Raises ``BusyError`` on every process."""
+        with contextlib.ExitStack() as stack:
+            self.agreed(lambda: stack.enter_context(locked(folder, "training")))
+            yield
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def losses_named(self, last: Callable[[], str]) -> Iterator[None]:
+    def losses_named(self) -> Iterator[None]:
         """A fellow that is gone shows as an error of the communication library: name it."""
         try:
             yield
@@ -162,7 +239,7 @@ class _Processes:
                 raise
             raise RankLostError(
                 f"Another process of this run is gone ({text.splitlines()[0]}). Start all of them "
-                f"again with the same command; {last()}."
+                f"again with the same command; {state.last_checkpoint(self._folder)}."
             ) from error
 
 
@@ -190,23 +267,6 @@ def schedule_of(config: TrainConfig, found: NoiseSchedule) -> NoiseSchedule:
     )
 
 
-def adapter_config(config: TrainConfig, dataset: Dataset, loaded: LoadedUNet) -> AdapterConfig:
-    """What is recorded with the adapter."""
-    encoder = config.encoder
-    return AdapterConfig(
-        clip_width=clip_width(encoder),
-        context_width=loaded.context_width,
-        recogniser=dataset.info.recogniser,
-        clip_model=encoder.clip_model.removesuffix("-quickgelu"),
-        clip_layer=encoder.clip_layer,
-        embedding=encoder.embedding,
-        face_tokens=config.adapter.face_tokens,
-        base_model=loaded.name,
-        dataset_fingerprint=dataset.info.fingerprint,
-        licence_note=config.run.licence_note,
-    )
-
-
 def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adapter:
     """The learning adapter at step 0: float32, K/V copied from the text's (3.2).
 
@@ -220,16 +280,7 @@ def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adap
     if not config.adapter.start_from:
         adapter.copy_text_projections(text_projections(unet))
         return adapter
-    before = read_adapter(config.adapter.start_from)
-    same = ("clip_width", "context_width", "face_tokens", "recogniser", "clip_model", "clip_layer",
-            "embedding")  # fmt: skip
-    wrong = [n for n in same if getattr(before.config, n) != getattr(recorded, n)]
-    if wrong or before.widths != adapter.widths:
-        pairs = [f"{n}: {getattr(before.config, n)!r}, now {getattr(recorded, n)!r}" for n in wrong]
-        raise ModelMismatchError(
-            f"{config.adapter.start_from}: cannot go on from this adapter "
-            f"({'; '.join(pairs) or 'it was made for a UNet of another shape'})."
-        )
+    before = adapter_to_start_from(config.adapter.start_from, recorded, adapter.widths)
     adapter.load_state_dict(before.state_dict())
     return adapter
 
@@ -268,14 +319,12 @@ class _Trainer:
         config: TrainConfig,
         processes: _Processes,
         resume: str,
+        changed: bool,
         recogniser: Recogniser | None,
     ) -> None:
         self.config = config
         self.processes = processes
         self.folder = state.checkpoint_folder(config)
-        # Everything that can be wrong is looked at before anything long starts.
-        start = self._start(resume)
-        dataset = Dataset(config.data.folder, config.filters, "train")
         options = config.optimiser
         self.share = Share(
             batch=options.batch,
@@ -283,22 +332,21 @@ class _Trainer:
             rank=processes.rank,
             world=processes.world,
         )
-        self.plan = Plan(config, dataset, self.share.global_batch)
-        self.plan.choice(0)
-        self.loaded = prepare_unet(config, processes.device)
-        fingerprints = fingerprints_of(config)
-        self.record = state.RunRecord(
-            config=config.to_json(),
-            fingerprints={
-                "dataset": dataset.info.fingerprint,
-                "unet": self.loaded.fingerprint,
-                **vars(fingerprints),
-            },
+        # Everything that can be wrong is looked at before anything long starts.
+        start = self._start(resume)
+        checked = check_run(
+            config,
+            start,
+            self.share.global_batch,
             world=processes.world,
+            changed=changed,
+            recogniser=recogniser,
         )
-        self.adapter = new_adapter(
-            config, adapter_config(config, dataset, self.loaded), self.loaded.unet
-        ).to(processes.device)
+        self.plan, self.held_out, self.record = checked.plan, checked.held_out, checked.record
+        self.keys = Keys(config=config, fingerprints=checked.fingerprints)
+        self.caches = Caches.below(config)
+        self.loaded = prepare_unet(config, processes.device)
+        self.adapter = new_adapter(config, checked.recorded, self.loaded.unet).to(processes.device)
         self.average = copy.deepcopy(self.adapter) if options.ema else None
         self.parameters = list(self.adapter.parameters())
         self.optimiser = build_optimiser(options, self.parameters, processes.device)
@@ -311,11 +359,8 @@ class _Trainer:
             scaler=self.scaler,
         )
         self.first = self._load(start)
-        self.keys = Keys(config=config, fingerprints=fingerprints)
-        self.caches = Caches.below(config)
-        self.held_out = self._held_out()
-        self._fill_caches()
-        self.previewer = self._previewer(recogniser)
+        _fill(self.plan, self.held_out, self.keys, self.caches, processes)
+        self.previewer = self._previewer(checked.recogniser)
         self.objective = Objective(
             self.loaded.schedule,
             config.objective.min_snr,
@@ -325,55 +370,22 @@ class _Trainer:
 
     def _start(self, resume: str) -> Path | None:
         """Every process starts from the checkpoint that the main one chose, or fails as it did."""
-        found: Path | ResumeError | None = None
-        if self.processes.main:
-            try:
-                found = state.find_checkpoint(self.config, resume)
-            except ResumeError as error:
-                found = error
-        found = self.processes.from_main(found)
-        if isinstance(found, ResumeError):
-            raise found
-        return found
+        return self.processes.agreed(lambda: state.find_checkpoint(self.config, resume))
 
     def _load(self, start: Path | None) -> int:
         if start is None:
             return 0
-        record = state.read_record(start)
-        self.record.check(record, start)
-        self.snapshot.load(start, self.processes.device)
+        before = state.read_record(start)
+        changes = self.record.changes[len(before.changes) :]
+        self.snapshot.load(start, self.processes.device, changed=bool(changes))
         if self.processes.main:
             logger.info("Going on from %s.", start)
-        return record.step
-
-    def _held_out(self) -> Plan | None:
-        if not self.config.previews.every:
-            return None
-        dataset = Dataset(self.config.data.folder, self.config.filters, "held_out")
-        return Plan(self.config, dataset, self.share.global_batch)
-
-    def _fill_caches(self) -> None:
-        made = compute_missing(
-            self.plan,
-            self.keys,
-            self.caches,
-            self.processes.device,
-            held_out=self.held_out,
-            part=(self.processes.rank, self.processes.world),
-            progress=self._until_asked_to_stop,
-        )
-        if made and self.processes.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.processes.wait()
-        self.caches.refresh()
-
-    def _until_asked_to_stop(self, label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
-        """Filling caches takes hours for many photos; a stopped run does the rest when resumed."""
-        shown = bar if self.processes.main else no_bar
-        for thing in shown(label, things, count):
-            yield thing
-            if self.processes.stop:
-                return
+            for change in changes:
+                logger.warning(
+                    "Going on with other settings, and the same state of the optimiser: %s.",
+                    "; ".join(change["changed"]),
+                )
+        return before.step
 
     def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
         if self.held_out is None:
@@ -395,24 +407,27 @@ class _Trainer:
         self.model = processes.accelerator.prepare_model(unwrapped)
         steps, step = config.run.steps, self.first
         samples = Samples(self.plan, self.keys, self.caches)
-        batches = iter(loader(samples, self.share, step, steps, config.data.workers))
+        reading = batches(loader(samples, self.share, step, steps, config.data.workers))
         text_tokens = TOKENS if config.objective.mode == "entangled" else 0
         log = RunLog(config, step, main=processes.main)
         stopped = processes.any_stop()
         try:
-            with identity_training(self.loaded.unet, self.adapter, text_tokens=text_tokens):
+            with (
+                identity_training(self.loaded.unet, self.adapter, text_tokens=text_tokens),
+                reading as read,
+                memory_errors("training", LESS_MEMORY),
+            ):
                 while step < steps and not stopped:
-                    with processes.losses_named(self._last_checkpoint):
-                        stopped = self._step(step, batches, log)
-                        step += 1
-                        self._after(step, stopped, log)
+                    stopped = self._step(step, read, log)
+                    step += 1
+                    self._after(step, stopped, log)
         finally:
             log.close()
         if step < steps:
             return Outcome(step=step, finished=False, adapter=None)
         return Outcome(step=step, finished=True, adapter=self._finish(step))
 
-    def _step(self, step: int, batches: Iterator[Batch], log: RunLog) -> bool:
+    def _step(self, step: int, read: Iterator[Batch], log: RunLog) -> bool:
         """One optimiser step. Returns whether any process was asked to stop."""
         options = self.config.optimiser
         rate = options.rate_at(step, self.config.run.steps)
@@ -420,7 +435,7 @@ class _Trainer:
             group["lr"] = rate
         losses, timesteps = [], []
         for micro in range(options.accumulation):
-            batch = self._on_device(next(batches))
+            batch = self._on_device(next(read))
             last = micro == options.accumulation - 1
             # Gradients are summed over processes once, with the last pass.
             quiet = contextlib.nullcontext() if last else self._no_sync()
@@ -534,8 +549,7 @@ class _Trainer:
         return path
 
     def _last_checkpoint(self) -> str:
-        found = state.checkpoints(self.folder)
-        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return state.last_checkpoint(self.folder)
 
 
 def _scaler(device: torch.device) -> Any:

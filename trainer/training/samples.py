@@ -7,7 +7,6 @@ over all buckets every person counts alike.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from infinite_id_core.errors import FileError
 from infinite_id_core.schedule import TIMESTEPS
 
 from ..config import TrainConfig
@@ -28,6 +28,7 @@ from .cache import FeatureCache, key_of
 from .crops import Bucket, Crop, buckets, draw_crop, nearest_bucket
 from .draws import Purpose, generator
 from .objective import face_bell
+from .workers import is_refused, leave_signals, refused
 
 LATENT_CHANNELS = 4
 LATENT_STRIDE = 8  # pixels per latent pixel
@@ -235,7 +236,14 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.caches = caches
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """See ``collate`` for the entries; shapes without the batch dimension."""
+        """See ``collate`` for the entries; shapes without the batch dimension. A file that cannot
+        be read gives ``workers.refused``."""
+        try:
+            return self._sample(number)
+        except FileError as error:
+            return refused(error)
+
+    def _sample(self, number: int) -> dict[str, Tensor]:
         choice, config = self.plan.choice(number), self.plan.config
         target, reference = (self.plan.dataset.row(n) for n in (choice.target, choice.reference))
         crop = self.plan.crop(choice.target, choice.crop)
@@ -277,7 +285,10 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples: latent and noise ``[B, 4, h, w]``, timestep and number ``[B]``, size_ids
     ``[B, 6]``, face ``[B, 512]``, clip ``[B, 257, D]``; for entangled training context
     ``[B, 77, C]``; for it and for ``objective.pooled = "empty"`` pooled ``[B, P]``; with a face
-    weight face_bell ``[B, 1, h, w]``."""
+    weight face_bell ``[B, 1, h, w]``. One refused sample stands for all."""
+    for sample in samples:
+        if is_refused(sample):
+            return sample
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
@@ -326,12 +337,6 @@ def loader(samples: Samples, share: Share, first: int, last: int, workers: int) 
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _leave_signals(_worker: int) -> None:
-    """SIGTERM and Ctrl-C reach the whole process group; only the main process answers them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

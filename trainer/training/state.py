@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -36,6 +36,15 @@ _FREE = {
     "previews": None,
 }
 
+# What may not even be changed where changes were asked for: the weights fit these alone.
+_FIXED = {
+    "model": None,
+    "encoder": None,
+    "adapter": {"face_tokens"},
+    "optimiser": {"kind"},
+}
+_FIXED_FINGERPRINTS = {"unet", "vae", "clip", "text"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
@@ -45,29 +54,65 @@ class RunRecord:
     """``TrainConfig.to_json``."""
     fingerprints: dict[str, str]
     """Of the dataset and the frozen models."""
-    world: int
-    """Processes."""
+    world: int | None
+    """Processes; None where they are not known, and then not compared."""
     step: int = 0
 
-    def check(self, other: RunRecord, path: Path) -> None:
-        """Raise ``ResumeError`` where ``other``, read from ``path``, is another run."""
-        changed = [
-            f"{section}.{key}: {before!r} then, {after!r} now"
-            for section, key, before, after in _differences(other.config, self.config)
-        ]
-        changed += [
-            f"the {name} has changed"
-            for name, value in self.fingerprints.items()
-            if other.fingerprints.get(name) != value
-        ]
-        if self.world != other.world:
-            changed.append(f"processes: {other.world} then, {self.world} now")
-        if changed:
-            raise ResumeError(
-                f"{path} belongs to a run with other settings. {'; '.join(changed)}. Set them "
-                "back to go on, or start anew in another run.output (adapter.start_from takes "
-                "over the weights)."
-            )
+    changes: tuple[dict[str, Any], ...] = ()
+    """Where the run went on with other settings: ``step`` and ``changed``, a list of texts."""
+
+    def following(self, other: RunRecord, path: Path, changed: bool = False) -> RunRecord:
+        """This record as a continuation of ``other``, which was read from ``path``.
+
+        Raises ``ResumeError`` where it is another run; with ``changed``, only where the weights
+        would not fit.
+        """
+        found = _differences(other.config, self.config)
+        fixed = [_words(d) for d in found if _is_fixed(*d[:2])]
+        free = [_words(d) for d in found if not _is_fixed(*d[:2])]
+        for name, value in self.fingerprints.items():
+            before = other.fingerprints.get(name)
+            if before != value:
+                # Text that was not read before has no fingerprint yet.
+                listed = fixed if before and name in _FIXED_FINGERPRINTS else free
+                listed.append(f"the {name} has changed")
+        if self.world is not None and self.world != other.world:
+            free.append(f"processes: {other.world} then, {self.world} now")
+        if fixed or (free and not changed):
+            raise ResumeError(_refusal(path, fixed, free))
+        made = ({"step": other.step, "changed": free},) if free else ()
+        return replace(self, changes=(*other.changes, *made))
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written; a run that never changed is written as before there were changes."""
+        values = dict(vars(self))
+        if not self.changes:
+            del values["changes"]
+        return values
+
+
+def _refusal(path: Path, fixed: list[str], free: list[str]) -> str:
+    anew = "start anew in another run.output (adapter.start_from takes over the weights)"
+    if fixed:
+        return (
+            f"{path} belongs to a run with other settings. {'; '.join([*fixed, *free])}. The "
+            f"weights need what they were trained with ({'; '.join(fixed)}): set it back to go "
+            f"on, or {anew}."
+        )
+    return (
+        f"{path} belongs to a run with other settings. {'; '.join(free)}. Set them back to go on, "
+        f"go on with these by --resume-changed (the optimiser's state is kept), or {anew}."
+    )
+
+
+def _words(difference: tuple[str, str, Any, Any]) -> str:
+    section, key, before, after = difference
+    return f"{section}.{key}: {before!r} then, {after!r} now"
+
+
+def _is_fixed(section: str, key: str) -> bool:
+    keys = _FIXED.get(section, set())
+    return keys is None or key in keys
 
 
 def _default(section: str, key: str) -> Any:
@@ -94,6 +139,9 @@ def _differences(
     return found
 
 
+_SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of an optimiser; its state is all the rest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """Everything that changes while training."""
@@ -106,20 +154,29 @@ class Snapshot:
     scaler: Any | None
     """fp16's loss scale."""
 
-    def load(self, folder: Path, device: torch.device) -> None:
-        """Take everything from a checkpoint. Raises ``ResumeError``."""
+    def load(self, folder: Path, device: torch.device, changed: bool = False) -> None:
+        """Take everything from a checkpoint. Raises ``ResumeError``.
+
+        ``changed``: of a run with other settings, which hold on.
+        """
+        settings = [{k: g[k] for k in _SETTINGS if k in g} for g in self.optimiser.param_groups]
         try:
             values = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.adapter.load_state_dict(read_adapter(folder / ADAPTER).state_dict())
             if self.average is not None:
-                self.average.load_state_dict(read_adapter(folder / AVERAGE).state_dict())
+                begins = changed and not (folder / AVERAGE).exists()
+                name = ADAPTER if begins else AVERAGE
+                self.average.load_state_dict(read_adapter(folder / name).state_dict())
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, FileError) as error:
             raise ResumeError(
                 f"{folder}: the checkpoint is damaged ({error}). Delete the folder to go on from "
                 "the one before."
             ) from error
         self.optimiser.load_state_dict(values["optimiser"])
-        if self.scaler is not None:
+        if changed:
+            for group, entries in zip(self.optimiser.param_groups, settings, strict=True):
+                group.update(entries)
+        if self.scaler is not None and values["scaler"] is not None:
             self.scaler.load_state_dict(values["scaler"])
 
 
@@ -142,7 +199,7 @@ def save(folder: Path, record: RunRecord, snapshot: Snapshot) -> Path:
                 torch.save(values, file)
                 _sync(file.fileno())
             with (part / CONFIG).open("w", encoding="utf-8") as text:
-                json.dump(vars(record), text, indent=1, sort_keys=True)
+                json.dump(record.to_json(), text, indent=1, sort_keys=True)
                 text.flush()
                 _sync(text.fileno())
             if final.exists():  # the same step again, after a resume from an older one
@@ -183,10 +240,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
+def last_checkpoint(folder: Path) -> str:
+    """For messages: which checkpoint there is to go on from."""
+    found = checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
 def read_record(path: Path) -> RunRecord:
     """What a checkpoint is of. Raises ``ResumeError``."""
     try:
-        return RunRecord(**json.loads((path / CONFIG).read_text(encoding="utf-8")))
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return RunRecord(**{**values, "changes": tuple(values.get("changes", ()))})
     except (OSError, ValueError, TypeError) as error:
         raise ResumeError(
             f"{path}: is no checkpoint of this trainer ({error}). Expected a folder step-... with "

@@ -1,0 +1,86 @@
+"""A training that fails ends: every process of it, within seconds, with the reason shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import train_world
+
+SCRIPT = Path(__file__).with_name("failing_train.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SECONDS = 10.0
+
+
+def run(
+    tmp_path: Path, *launcher: str, rank: int = 0, kind: str = "plain", workers: int = 0
+) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """A run of 500 steps that fails in the third: seconds until all of it was gone, and what it
+    printed. Every process holds the pipes, so that none can be left over unnoticed."""
+    root = train_world.shared()
+    settings = train_world.config(
+        root,
+        run={"output": str(tmp_path / "run"), "steps": 500},
+        data={"workers": workers},
+    )
+    file, mark = train_world.write_config(tmp_path / "config.toml", settings), tmp_path / "mark"
+    words = [*launcher, str(SCRIPT), str(rank), kind, str(mark), "train", "--config", str(file)]
+    ended = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert mark.exists(), ended.stderr
+    return time.time() - float(mark.read_text(encoding="utf-8")), ended
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_any_exception_ends_the_run_with_its_workers(tmp_path: Path, workers: int) -> None:
+    seconds, ended = run(tmp_path, workers=workers)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError: a fault of the test" in ended.stderr
+    assert seconds < SECONDS
+
+
+def test_out_of_memory_comes_with_the_dry_runs_advice(tmp_path: Path) -> None:
+    from trainer.training.memory import LESS_MEMORY
+
+    seconds, ended = run(tmp_path, kind="memory", workers=1)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("MemoryFullError: ") and "CUDA out of memory" in last
+    assert LESS_MEMORY in last
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_torchrun_an_exception_on_one_rank_ends_both(tmp_path: Path, rank: int) -> None:
+    seconds, ended = run(tmp_path, *TORCHRUN, rank=rank, workers=1)
+    assert ended.returncode != 0
+    assert "ZeroDivisionError: a fault of the test" in ended.stderr
+    assert "RankLostError" in ended.stderr
+    assert seconds < SECONDS
+
+
+def test_a_fellow_that_waits_for_a_failed_one_ends_though_nothing_wakes_it(tmp_path: Path) -> None:
+    """As where the communication library notices nothing: the other rank waits and waits."""
+    words = [*TORCHRUN, str(Path(__file__).with_name("waiting_fellow.py"))]
+    started: Any = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert ended.returncode != 0
+    assert "RankLostError: Process 0 failed with ZeroDivisionError: of the test." in ended.stderr
+    assert time.monotonic() - started < 100  # the fellow waits for ten minutes
