@@ -17,16 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from .checkpoint import Header, read_header
 from .errors import (
     EncoderError,
-    HeaderError,
     MissingTensorError,
-    NotFiniteError,
     OptionError,
     UnexpectedTensorError,
     WrongDtypeError,
@@ -37,6 +33,7 @@ from .face import AlignedFace
 from .identity import CLIP_TOKENS, ClipLayer, Embedding, Identity, IdentityConfig, average
 from .identity import check_match as _check_match
 from .packages import require
+from .safetensors_file import SafetensorsFile, open_safetensors
 
 Combine = Literal["stack", "average"]
 COMBINE: tuple[Combine, ...] = get_args(Combine)
@@ -429,15 +426,24 @@ def _filled(visual: nn.Module, tower: Mapping[str, Tensor], model: str) -> OpenC
 
 def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
     """The checked ``visual.*`` tensors of an open_clip file; the text side is not read."""
-    header = read_header(path)
-    names = set(header.tensors)
+    with open_safetensors(path) as file:
+        prefix, wanted = _tower_names(file, visual)
+        tensors = read_floats(file, wanted)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _tower_names(file: SafetensorsFile, visual: nn.Module) -> tuple[str, dict[str, Sequence[int]]]:
+    """The prefix of the image side's names, and every name with its shape."""
+    path, names = file.path, set(file.header.tensors)
     if any(name.startswith("vision_model.") for name in names):
         raise WrongFormatError(
             path, "is an image encoder in transformers' naming. Load it with ComfyUI's own 'Load "
             "CLIP Vision' node, which gives the same result."
         )  # fmt: skip
     prefix = "visual." if any(name.startswith("visual.") for name in names) else ""
-    wanted = {prefix + name: p.shape for name, p in visual.state_dict().items()}
+    wanted: dict[str, Sequence[int]] = {
+        prefix + name: p.shape for name, p in visual.state_dict().items()
+    }
     missing = sorted(wanted.keys() - names)
     extra = sorted(n for n in names - wanted.keys() if n.startswith("visual."))
     if missing:
@@ -450,32 +456,21 @@ def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
             path, f"has {len(extra)} image tensors this model does not know, e.g. {extra[:3]}. "
             "Is it the weights of another model?"
         )  # fmt: skip
-    tensors = read_floats(path, header, wanted)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return prefix, wanted
 
 
-def read_floats(
-    path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """The ``wanted`` tensors of a file that has them all, by name and shape, checked.
+def read_floats(file: SafetensorsFile, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The ``wanted`` tensors of an open file that has them all, by name and shape, checked.
 
-    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``HeaderError``.
+    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``TruncatedFileError``.
     """
     for name, shape in wanted.items():
-        entry = header.tensors[name]
+        entry = file.header.tensors[name]
         if entry.shape != tuple(shape):
             raise WrongShapeError(
-                path, f"{name} has shape {list(entry.shape)}; expected {list(shape)}. Is it the "
-                "weights of another model?"
+                file.path, f"{name} has shape {list(entry.shape)}; expected {list(shape)}. Is it "
+                "the weights of another model?"
             )  # fmt: skip
         if entry.dtype not in _FLOATS:
-            raise WrongDtypeError(path, f"{name} is {entry.dtype}; expected one of {_FLOATS}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise HeaderError(path, f"cannot be read ({error}).") from error
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise NotFiniteError(path, f"{name} holds NaN or infinity.")
-    return tensors
+            raise WrongDtypeError(file.path, f"{name} is {entry.dtype}; expected one of {_FLOATS}.")
+    return {name: file.tensor(name) for name in wanted}
