@@ -16,7 +16,7 @@ from .identity import identity_record as _identity_record
 from .layers import CrossAttentionLayer
 
 FACE_HIDDEN = 1024
-_MAX_WIDTH = 2**16  # far above any encoder's; keeps the sizes a file claims printable
+MAX_WIDTH = 2**14  # far above any encoder's; what a file claims is checked before it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for name in ("clip_width", "context_width", "face_width", "face_tokens"):
-            if not 1 <= getattr(self, name) <= _MAX_WIDTH:
+            if not 1 <= getattr(self, name) <= MAX_WIDTH:
                 raise OptionError(
-                    f"{name} must lie in [1, {_MAX_WIDTH}], got {getattr(self, name)}."
+                    f"{name} must lie in [1, {MAX_WIDTH}], got {getattr(self, name)}."
                 )
         if self.training_step < 0:
             raise OptionError(f"training_step must not be negative, got {self.training_step}.")

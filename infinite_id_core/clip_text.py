@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_header
 from .clip_names import same_names, text_side
 from .encoders import read_floats
 from .errors import EncoderError, MissingTensorError
 from .packages import require
+from .safetensors_file import open_safetensors
 
 _BATCH = 64  # texts
 _PREFIXES = ("", "text.")  # open_clip's CLIP keeps its text side at the top, others below `text`
@@ -46,21 +46,22 @@ def load_text_tower(config: Mapping[str, Any], model: str, path: Path) -> TextTo
     a file without one, and other subclasses of ``FileError``.
     """
     tower = _empty(config, model)
-    header = read_header(path)
-    shapes = {name: p.shape for name, p in tower.module.state_dict().items()}
-    sources = text_side(shapes, header.tensors)
-    if sources is None:
-        sources = same_names(shapes, _prefix(header.tensors))
-    wanted: dict[str, Sequence[int]] = {}
-    for name, source in sources.items():
-        wanted.update(source.shapes(shapes[name]))
-    missing = sorted(wanted.keys() - header.tensors.keys())
-    if missing:
-        raise MissingTensorError(
-            path, f"lacks {len(missing)} tensors of this model's text side, e.g. {missing[:3]}. "
-            "CLIP-T needs a file that holds both sides."
-        )  # fmt: skip
-    tensors = read_floats(path, header, wanted)
+    with open_safetensors(path) as file:
+        header = file.header
+        shapes = {name: p.shape for name, p in tower.module.state_dict().items()}
+        sources = text_side(shapes, header.tensors)
+        if sources is None:
+            sources = same_names(shapes, _prefix(header.tensors))
+        wanted: dict[str, Sequence[int]] = {}
+        for name, source in sources.items():
+            wanted.update(source.shapes(shapes[name]))
+        missing = sorted(wanted.keys() - header.tensors.keys())
+        if missing:
+            raise MissingTensorError(
+                path, f"lacks {len(missing)} tensors of this model's text side, e.g. "
+                f"{missing[:3]}. CLIP-T needs a file that holds both sides."
+            )  # fmt: skip
+        tensors = read_floats(file, wanted)
     return _filled(tower, {name: source.read(tensors) for name, source in sources.items()})
 
 

@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from .checkpoint import Header, read_header
 from .clip_names import Source, image_side, same_names, unknown_to_image_side
 from .errors import (
     EncoderError,
-    HeaderError,
     MissingTensorError,
-    NotFiniteError,
     OptionError,
     UnexpectedTensorError,
     WrongDtypeError,
@@ -47,6 +43,7 @@ from .identity import (
 )
 from .identity import check_match as _check_match
 from .packages import require
+from .safetensors_file import Header, SafetensorsFile, open_safetensors, read_header
 
 Combine = Literal["stack", "average"]
 COMBINE: tuple[Combine, ...] = get_args(Combine)
@@ -457,9 +454,9 @@ def _filled(visual: nn.Module, tower: Mapping[str, Tensor], model: str) -> OpenC
 
 def _read_tower(path: Path, visual: nn.Module) -> dict[str, Tensor]:
     """The checked image tensors of a file in either naming; the text side is not read."""
-    header = read_header(path)
-    sources, wanted = _tower_sources(path, header, visual)
-    tensors = read_floats(path, header, wanted)
+    with open_safetensors(path) as file:
+        sources, wanted = _tower_sources(path, file.header, visual)
+        tensors = read_floats(file, wanted)
     return {name: source.read(tensors) for name, source in sources.items()}
 
 
@@ -499,27 +496,17 @@ def check_floats(path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
         entry = header.tensors[name]
         if entry.shape != tuple(shape):
             raise WrongShapeError(
-                path, f"{name} has shape {list(entry.shape)}; expected {list(shape)}. Is it the "
-                "weights of another model?"
+                path, f"{name} has shape {list(entry.shape)}; expected {list(shape)}. Is it "
+                "the weights of another model?"
             )  # fmt: skip
         if entry.dtype not in _FLOATS:
             raise WrongDtypeError(path, f"{name} is {entry.dtype}; expected one of {_FLOATS}.")
 
 
-def read_floats(
-    path: Path, header: Header, wanted: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """The ``wanted`` tensors of a file that has them all, by name and shape, checked.
+def read_floats(file: SafetensorsFile, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The ``wanted`` tensors of an open file that has them all, by name and shape, checked.
 
-    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``HeaderError``.
+    Raises ``WrongShapeError``, ``WrongDtypeError``, ``NotFiniteError``, ``TruncatedFileError``.
     """
-    check_floats(path, header, wanted)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise HeaderError(path, f"cannot be read ({error}).") from error
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise NotFiniteError(path, f"{name} holds NaN or infinity.")
-    return tensors
+    check_floats(file.path, file.header, wanted)
+    return {name: file.tensor(name) for name in wanted}

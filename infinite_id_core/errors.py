@@ -56,6 +56,18 @@ class FileMissingError(FileError):
     """The file, or the folder it should be in, does not exist."""
 
 
+class UnreadableError(FileError):
+    """The system refuses to read a file or folder, or has no memory for what it holds."""
+
+
+class FileChangedError(FileError):
+    """The file was written to while it was read."""
+
+
+class FileTooLargeError(FileError):
+    """The file holds more than any sound file of its kind. It was not read."""
+
+
 class NotSafetensorsError(FileError):
     """The file is a pickle or something else, whatever its name says. It was not opened."""
 
@@ -112,12 +124,28 @@ class NotWrittenError(FileError):
     """A file could not be written: disk full, no permission. What was there before is unchanged."""
 
 
+class DiskFullError(NotWrittenError):
+    """No room left on the disk. Nothing half-written was kept."""
+
+
 class NameTakenError(FileError):
     """A file of this name is there already, and was not to be replaced."""
 
 
 class NameNotAllowedError(InfiniteIDError, ValueError):
     """A file name that is empty, reserved or would leave its folder."""
+
+
+class UnsafePickleError(FileError):
+    """A pickle asks for more than tensors. It was not loaded and nothing of it ran."""
+
+
+class UnknownFileError(FileError):
+    """A file of no kind this project knows."""
+
+
+class NotConvertibleError(FileError):
+    """A pickle of tensors, but not those of an adapter, an identity or a model."""
 
 
 # --- things that do not fit together ---------------------------------------------------------

@@ -70,11 +70,7 @@ class Identity:
                 f"[n] with n >= 1; got {list(self.face.shape)}, {list(self.clip.shape)} and "
                 f"{list(self.weight.shape)}."
             )
-        if not bool((self.weight > 0).all()) or not bool(self.weight.isfinite().all()):
-            raise OptionError(
-                f"Reference weights must be positive numbers; got {self.weight.tolist()}. Leave a "
-                "reference out instead of giving it weight 0."
-            )
+        check_weights(self.weight)
 
     @property
     def references(self) -> int:
@@ -85,6 +81,15 @@ class Identity:
     def clip_width(self) -> int:
         """D, the image encoder's hidden width."""
         return self.clip.shape[2]
+
+
+def check_weights(weight: Tensor) -> None:
+    """Raise ``OptionError`` where a reference's weight is not a positive number."""
+    if not bool((weight > 0).all()) or not bool(weight.isfinite().all()):
+        raise OptionError(
+            f"Reference weights must be positive numbers; got {weight.tolist()}. Leave a "
+            "reference out instead of giving it weight 0."
+        )
 
 
 def stack(identities: Sequence[Identity], weights: Sequence[float] | None = None) -> Identity:

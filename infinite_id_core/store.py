@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,20 +29,28 @@ def save_identity(
             f"if_exists must be one of {', '.join(IF_EXISTS)}; got {shown(if_exists)}."
         )
     path = identity_path(folder, name)
-    if path.exists() and if_exists == "error":
-        raise NameTakenError(
-            path, "there is an identity of this name already. Choose another name, or 'overwrite'."
-        )
-    if if_exists == "keep both":
-        path = _free(path)
-    named = replace(identity, config=replace(identity.config, name=path.stem))
-    write_identity(path, named)
-    return path
-
-
-def _free(path: Path) -> Path:
-    """``path`` itself, or with the first number that is not taken."""
-    if not path.exists():
+    if if_exists == "overwrite":
+        write_identity(path, _named(identity, path))
         return path
-    numbered = (path.with_name(f"{path.stem} {n}{path.suffix}") for n in itertools.count(2))
-    return next(candidate for candidate in numbered if not candidate.exists())
+    # Another process may save under the same name at this moment: the file decides, not a look.
+    for candidate in _names(path) if if_exists == "keep both" else [path]:
+        if candidate.exists() and if_exists == "keep both":
+            continue
+        try:
+            write_identity(candidate, _named(identity, candidate), exclusive=True)
+            return candidate
+        except NameTakenError:
+            if if_exists == "error":
+                raise
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def _named(identity: Identity, path: Path) -> Identity:
+    return replace(identity, config=replace(identity.config, name=path.stem))
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """``path`` itself, then with the numbers from 2 on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem} {number}{path.suffix}")

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infinite_id_core.errors import DiskFullError as DiskFullError
 from infinite_id_core.errors import FileError, InfiniteIDError, OptionError
+from infinite_id_core.errors import NotConvertibleError as NotConvertibleError
+from infinite_id_core.errors import UnknownFileError as UnknownFileError
+from infinite_id_core.errors import UnreadableError as UnreadableError
+from infinite_id_core.errors import UnsafePickleError as UnsafePickleError
 
 # --- data ------------------------------------------------------------------------------------
 
@@ -44,14 +49,6 @@ class BusyError(FileError):
     """Another process is writing to the same folder."""
 
 
-class DiskFullError(FileError):
-    """No room left on the disk. Nothing half-written was kept."""
-
-
-class UnreadableError(FileError):
-    """The system refuses to read a file or folder."""
-
-
 class EngineError(InfiniteIDError):
     """The engine lost a worker; finished parts are kept and the same command goes on."""
 
@@ -85,21 +82,6 @@ class MethodError(OptionError):
 
 class PromptSetError(FileError):
     """A prompt set that does not exist, is empty, or has a line that is no prompt."""
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-class UnsafePickleError(FileError):
-    """A pickle asks for more than tensors. It was not loaded and nothing of it ran."""
-
-
-class UnknownFileError(FileError):
-    """A file of no kind this project knows."""
-
-
-class NotConvertibleError(FileError):
-    """A pickle of tensors, but not those of an adapter or an identity."""
 
 
 # --- training --------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from infinite_id_core.checkpoint import (
     read_header,
     read_identity,
 )
-from infinite_id_core.errors import FileError, FileMissingError
+from infinite_id_core.errors import FileError
+from infinite_id_core.system_files import open_regular, reading
 
 from .errors import UnknownFileError
 
@@ -64,9 +65,7 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
     """
     if path.is_dir():
         return _folder(path, verify)
-    if not path.is_file():
-        raise FileMissingError(path, "no such file or folder.")
-    with path.open("rb") as file:
+    with reading(path), open_regular(path) as file:
         start = file.read(512)
     try:
         if start.startswith(b"PAR1"):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from infinite_id_core.checkpoint import read_header, replacing
-from infinite_id_core.errors import ModelMismatchError, WrongFormatError
+from infinite_id_core.atomic import replacing
+from infinite_id_core.errors import ModelMismatchError, WrongFormatError, WrongShapeError
 from infinite_id_core.host_diffusers import Prompt
+from infinite_id_core.safetensors_file import json_object, open_safetensors, save_tensors
+from infinite_id_core.system_files import writing
 
 FORMAT = "infinite-id-prompts"
 
@@ -37,15 +37,15 @@ class PromptFile:
 
 
 def write_prompts(path: str | Path, prompts: PromptFile) -> None:
-    """Write a prompt file atomically."""
+    """Write a prompt file atomically. Raises ``DiskFullError``, ``NotWrittenError``."""
     everything = [*prompts.positive, prompts.negative]
     tensors = {
         "context": torch.cat([p.context for p in everything]).float().cpu(),
         "pooled": torch.cat([p.pooled for p in everything]).float().cpu(),
     }
     texts = [*prompts.texts, prompts.negative_text]
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "texts": json.dumps(texts)})
+    with writing(path), replacing(path) as temporary:
+        save_tensors(tensors, temporary, {"format": FORMAT, "texts": json.dumps(texts)})
 
 
 def read_prompts(path: str | Path) -> PromptFile:
@@ -53,20 +53,28 @@ def read_prompts(path: str | Path) -> PromptFile:
 
     Raises a subclass of ``FileError``.
     """
-    header = read_header(path)
-    if header.metadata.get("format") != FORMAT or set(header.tensors) != {"context", "pooled"}:
-        raise WrongFormatError(
-            path, "is no file of encoded prompts. Make one with 'python -m trainer generate "
-            "--save-prompts FILE'."
-        )  # fmt: skip
-    tensors = load_file(path)
-    texts: Sequence[str] = json.loads(header.metadata["texts"])
-    context, pooled = (torch.split(tensors[name], 1) for name in ("context", "pooled"))
-    if not len(texts) == len(context) == len(pooled) >= 2:
-        raise WrongFormatError(
-            path, f"holds {len(texts)} texts and {len(context)} encodings; expected as many, and "
-            "at least a positive and a negative one."
-        )  # fmt: skip
+    with open_safetensors(path) as file:
+        header = file.header
+        if header.metadata.get("format") != FORMAT or set(header.tensors) != {"context", "pooled"}:
+            raise WrongFormatError(
+                path, "is no file of encoded prompts. Make one with 'python -m trainer generate "
+                "--save-prompts FILE'."
+            )  # fmt: skip
+        shapes = [header.tensors[name].shape for name in ("context", "pooled")]
+        if [len(shape) for shape in shapes] != [3, 2] or any(0 in shape for shape in shapes):
+            raise WrongShapeError(
+                path, f"context and pooled have shapes {shapes}; expected [n, tokens, width] and "
+                "[n, width]."
+            )  # fmt: skip
+        texts = _texts(path, header.metadata.get("texts", ""))
+        if not len(texts) == shapes[0][0] == shapes[1][0] >= 2:
+            raise WrongFormatError(
+                path, f"holds {len(texts)} texts and {shapes[0][0]} encodings; expected as many, "
+                "and at least a positive and a negative one."
+            )  # fmt: skip
+        context, pooled = (
+            torch.split(file.tensor(name, torch.float32), 1) for name in ("context", "pooled")
+        )
     prompts = [Prompt(context=c, pooled=p) for c, p in zip(context, pooled, strict=True)]
     return PromptFile(
         texts=tuple(texts[:-1]),
@@ -74,3 +82,13 @@ def read_prompts(path: str | Path) -> PromptFile:
         positive=tuple(prompts[:-1]),
         negative=prompts[-1],
     )
+
+
+def _texts(path: str | Path, text: str) -> list[str]:
+    try:
+        texts = json_object(text)
+    except ValueError as error:
+        raise WrongFormatError(path, f"its texts are not JSON ({error}).") from error
+    if not isinstance(texts, list) or not all(isinstance(entry, str) for entry in texts):
+        raise WrongFormatError(path, "its texts must be a list of texts.")
+    return texts

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 from collections import OrderedDict
@@ -30,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from infinite_id_core.errors import FileMissingError
 from infinite_id_core.identity import FACE_WIDTH
 from infinite_id_core.pictures import read_picture, to_rgb
+from infinite_id_core.system_files import open_regular, reading
 
 from .errors import DatasetError, ShardDamagedError
 
@@ -110,7 +113,8 @@ class ShardReader:
     def photo(self, shard: str, offset: int, size: int, sha256: str | None = None) -> bytes:
         """The photo's bytes, checked against ``sha256`` if given.
 
-        Raises ``ShardDamagedError``, ``DatasetError`` where the shard is missing.
+        Raises ``ShardDamagedError``, ``UnreadableError``, ``DatasetError`` where the shard is
+        missing, no plain file or not in the folder.
         """
         data = self._read(shard, offset, size)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -133,14 +137,19 @@ class ShardReader:
     def _read(self, shard: str, offset: int, size: int) -> bytes:
         if self._pid != os.getpid():  # a forked worker must not share file positions
             self._reset()
-        with self._lock:
+        path = self._folder / shard
+        with self._lock, reading(path):
             file = self._file(shard)
+            end = os.fstat(file.fileno()).st_size
+            # Before reading: an index may claim any size, and memory would be made for it.
+            if offset < 0 or size < 0 or offset + size > end:
+                raise ShardDamagedError(
+                    path, f"ends before byte {offset + size} (it has {end}). {_AGAIN}"
+                )
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise ShardDamagedError(
-                self._folder / shard, f"ends before byte {offset + size}. {_AGAIN}"
-            )
+            raise ShardDamagedError(path, f"was cut while it was read. {_AGAIN}")
         return data
 
     def _file(self, shard: str) -> BinaryIO:
@@ -148,14 +157,29 @@ class ShardReader:
         if file is None:
             if len(self._files) >= _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
-            try:
-                file = (self._folder / shard).open("rb")
-            except FileNotFoundError as error:
-                raise DatasetError(
-                    self._folder / shard, f"the index names this shard and it is gone. {_AGAIN}"
-                ) from error
+            file = self._opened(shard)
         self._files[shard] = file
         return file
+
+    def _opened(self, shard: str) -> BinaryIO:
+        if not is_shard_name(shard):
+            raise DatasetError(
+                self._folder, f"the index names a shard {shard[:100]!r}; expected the name of a "
+                f"file in this folder, such as 000000.tar. {_AGAIN}"
+            )  # fmt: skip
+        path = self._folder / shard
+        if path.is_symlink() and self._folder.resolve() not in path.resolve().parents:
+            raise DatasetError(
+                path, "is a link to a file outside its folder, and was not followed. Put the file "
+                "itself there."
+            )  # fmt: skip
+        try:
+            return open_regular(path)
+        except FileMissingError as error:
+            raise DatasetError(
+                path,
+                f"the index names this shard and it is gone or no file ({error.problem}). {_AGAIN}",
+            ) from error
 
     def _reset(self) -> None:
         self._pid = os.getpid()
@@ -168,6 +192,14 @@ class ShardReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether ``name`` is a file's name as ``prepare`` gives them, without any folder in it."""
+    return _SHARD_NAME.fullmatch(name) is not None
 
 
 _AGAIN = "Run 'python -m trainer prepare' again with the same input; it rewrites what is wrong."

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infinite_id_core.checkpoint import read_header
-from infinite_id_core.errors import FileMissingError, HeaderError, ModelMismatchError
+from infinite_id_core.errors import FileMissingError, ModelMismatchError
 from infinite_id_core.host_diffusers import Prompt
 from infinite_id_core.packages import require
+from infinite_id_core.safetensors_file import Header, open_safetensors, read_header
 
 from .files import sampled_sha256
 from .unet import MICROWORLD
@@ -104,8 +103,9 @@ def check_text_encoders(source: str | Path) -> None:
         text_fingerprint(source)
         return
     states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
-    prefixes = _kind(path)
-    for name, entry in read_header(path).tensors.items():
+    header = read_header(path)
+    prefixes = _kind(path, header)
+    for name, entry in header.tensors.items():
         for prefix, encoder in prefixes.items():
             if name.startswith(prefix):
                 empty = torch.empty(entry.shape, device="meta")
@@ -128,12 +128,12 @@ def text_fingerprint(source: str | Path) -> str:
         if len(files_of) < 2:
             raise FileMissingError(source, "expected text_encoder and text_encoder_2 in it.")
         return sampled_sha256(*files_of)
-    _kind(Path(source))
+    _kind(Path(source), read_header(Path(source)))
     return sampled_sha256(Path(source))
 
 
-def _kind(path: Path) -> dict[str, str]:
-    names = read_header(path).tensors
+def _kind(path: Path, header: Header) -> dict[str, str]:
+    names = header.tensors
     for prefixes in _PREFIXES:
         if all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
             return prefixes
@@ -145,16 +145,13 @@ def _kind(path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
-    prefixes = _kind(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                for prefix, encoder in prefixes.items():
-                    if name.startswith(prefix):
-                        inner = name.removeprefix(prefix)
-                        states[encoder][inner] = file.get_tensor(name).float()
-    except (SafetensorError, OSError) as error:
-        raise HeaderError(path, f"cannot be read ({error}).") from error
+    with open_safetensors(path) as file:
+        prefixes = _kind(path, file.header)
+        for name in file.header.tensors:
+            for prefix, encoder in prefixes.items():
+                if name.startswith(prefix):
+                    tensor = file.tensor(name, torch.float32)
+                    states[encoder][name.removeprefix(prefix)] = tensor
     return {name: _in_our_names(state) for name, state in states.items()}
 
 

@@ -8,7 +8,6 @@ SDXL, a pruned one and a toy all load. A diffusers folder brings its own configu
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,21 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infinite_id_core.checkpoint import read_header
-from infinite_id_core.errors import (
-    FileMissingError,
-    HeaderError,
-    NotFiniteError,
-    NotSDXLError,
-    WrongFormatError,
-)
+from infinite_id_core.errors import FileMissingError, NotSDXLError, WrongFormatError
 from infinite_id_core.layers import layers_from_ldm
+from infinite_id_core.safetensors_file import Header, SafetensorsFile, open_safetensors
 from infinite_id_core.schedule import NoiseSchedule
 
-from .files import sampled_sha256
+from .files import read_json, sampled_sha256
 
 HEAD_WIDTH = 64  # SDXL's; not in the tensors
 MICROWORLD = "microworld"  # in place of a path: the embedded tiny models
@@ -145,7 +137,11 @@ def _folder_weights(place: Path) -> list[Path]:
 
 def read_unet_file(path: Path, *, head_width: int = HEAD_WIDTH) -> UNetFile:
     """Check a file's UNet by its header. Raises ``NotSDXLError``, subclasses of ``FileError``."""
-    header = read_header(path)
+    with open_safetensors(path) as file:
+        return _described(path, file.header, head_width)
+
+
+def _described(path: Path, header: Header, head_width: int) -> UNetFile:
     end = "input_blocks.0.0.weight"
     found = [name for name in header.tensors if name.endswith(end)]
     if len(found) != 1:
@@ -187,9 +183,10 @@ def _schedule_of(marks: set[str]) -> NoiseSchedule:
 
 
 def _load_file(path: Path, dtype: torch.dtype, head_width: int) -> LoadedUNet:
-    described = read_unet_file(path, head_width=head_width)
-    unet = _empty_unet(described.config)
-    unet.load_state_dict(dict(_read_unet(described, dtype)), assign=True)
+    with open_safetensors(path) as file:
+        described = _described(path, file.header, head_width)
+        unet = _empty_unet(described.config)
+        unet.load_state_dict(dict(_read_unet(file, described, dtype)), assign=True)
     return LoadedUNet(
         unet=unet,
         schedule=described.schedule,
@@ -198,18 +195,12 @@ def _load_file(path: Path, dtype: torch.dtype, head_width: int) -> LoadedUNet:
     )
 
 
-def _read_unet(described: UNetFile, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _read_unet(
+    file: SafetensorsFile, described: UNetFile, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors under diffusers' names, one at a time; only the UNet's are read."""
-    try:
-        with safe_open(described.path, framework="pt") as file:
-            for ldm, name in described.names.items():
-                # Copied: aligned, whatever its place in the file, and safe from its changes.
-                tensor = file.get_tensor(described.prefix + ldm).to(dtype, copy=True)
-                if not bool(tensor.isfinite().all()):
-                    raise NotFiniteError(described.path, f"{ldm} holds NaN or infinity.")
-                yield name, tensor
-    except (SafetensorError, OSError) as error:
-        raise HeaderError(described.path, f"cannot be read ({error}).") from error
+    for ldm, name in described.names.items():
+        yield name, file.tensor(described.prefix + ldm, dtype)
 
 
 def _empty_unet(config: Mapping[str, Any]) -> Any:
@@ -234,11 +225,7 @@ def _unet_folder(folder: Path) -> Path:
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WrongFormatError(path, f"is not JSON ({error}).") from error
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("addition_embed_type") != "text_time":
         raise NotSDXLError(
             f"{folder}: expected the UNet of an SDXL model (addition_embed_type 'text_time'), "
@@ -273,7 +260,9 @@ def _folder_schedule(folder: Path) -> NoiseSchedule:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return NoiseSchedule()
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise WrongFormatError(path, "is not a scheduler's configuration, a JSON object.")
     return NoiseSchedule(
         prediction="v" if values.get("prediction_type") == "v_prediction" else "epsilon",
         zero_terminal_snr=bool(values.get("rescale_betas_zero_snr", False)),

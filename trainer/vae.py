@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infinite_id_core.checkpoint import read_header
-from infinite_id_core.errors import (
-    FileMissingError,
-    HeaderError,
-    ModelMismatchError,
-    NotFiniteError,
+from infinite_id_core.errors import FileMissingError, ModelMismatchError, NotFiniteError
+from infinite_id_core.safetensors_file import (
+    Header,
+    SafetensorsFile,
+    open_safetensors,
+    read_header,
 )
 
-from .files import sampled_sha256
+from .files import read_json, sampled_sha256
 from .unet import MICROWORLD
 
 STRIDE = 8  # pixels per latent pixel
@@ -100,10 +99,11 @@ def check_vae(source: str | Path) -> None:
     if path.is_dir():
         _folder(path)
         return
-    prefix, tiny = _kind(path)
+    header = read_header(path)
+    prefix, tiny = _kind(path, header)
     state = {
         name.removeprefix(prefix): torch.empty(entry.shape, device="meta")
-        for name, entry in read_header(path).tensors.items()
+        for name, entry in header.tensors.items()
         if name.startswith(prefix)
     }
     _built(path, state, tiny)
@@ -135,14 +135,15 @@ def _load(source: str | Path) -> tuple[Any, str]:
     if Path(source).is_dir():
         return _from_folder(_folder(Path(source))), fingerprint
     path = Path(source)
-    prefix, tiny = _kind(path)
-    state = _read(path, prefix)
+    with open_safetensors(path) as file:
+        prefix, tiny = _kind(path, file.header)
+        state = _read(file, prefix)
     return _built(path, state, tiny), fingerprint
 
 
-def _kind(path: Path) -> tuple[str, bool]:
+def _kind(path: Path, header: Header) -> tuple[str, bool]:
     """The prefix of a file's VAE, and whether it is TAESD-shaped."""
-    names = read_header(path).tensors
+    names = header.tensors
     for end, tiny in ((_LDM_END, False), (_TINY_END, True)):
         found = [name for name in names if name.endswith(end)]
         if len(found) == 1:
@@ -154,16 +155,12 @@ def _kind(path: Path) -> tuple[str, bool]:
     )
 
 
-def _read(path: Path, prefix: str) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                name.removeprefix(prefix): file.get_tensor(name).float()
-                for name in file.keys()  # noqa: SIM118 - not a mapping
-                if name.startswith(prefix)
-            }
-    except (SafetensorError, OSError) as error:
-        raise HeaderError(path, f"cannot be read ({error}).") from error
+def _read(file: SafetensorsFile, prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): file.tensor(name, torch.float32)
+        for name in file.header.tensors
+        if name.startswith(prefix)
+    }
 
 
 def _full(state: dict[str, Tensor]) -> Any:
@@ -229,8 +226,8 @@ def _folder(folder: Path) -> Path:
 def _from_folder(folder: Path) -> Any:
     import diffusers
 
-    config = (folder / "config.json").read_text(encoding="utf-8")
+    config = read_json(folder / "config.json")
     kind: Any = (
-        diffusers.AutoencoderTiny if "AutoencoderTiny" in config else diffusers.AutoencoderKL
+        diffusers.AutoencoderTiny if "AutoencoderTiny" in str(config) else diffusers.AutoencoderKL
     )
     return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)

@@ -248,7 +248,7 @@ _raw("header nested deeply", b"[" * 200_000)
 _raw("header opens and ends", b"{")
 _raw("header of JSON's other numbers", b'{"a": NaN}')
 _raw("metadata is a list", b'{"__metadata__": []}')
-_raw("metadata is null", b'{"__metadata__": null}')
+_raw("metadata is null", b'{"__metadata__": null}', "TruncatedFileError")  # and no tensors
 _raw("metadata of numbers", b'{"__metadata__": {"version": 1}}')
 _raw("number of 5000 digits", b'{"a": ' + b"9" * 5000 + b"}")
 
@@ -296,6 +296,19 @@ _entry("a million dimensions", shape=[9] * 1_000_000)
 _entry("dimensions of 4000 digits", shape=[10**4000] * 100)
 _entry("dtype is a list", dtype=["F16"])
 _entry("dtype is an object", dtype={})
+_entry("dtype is a number", dtype=7)
+
+
+@threat("dtype is null", "HeaderError")
+def _dtype_null(file: File, harm: Path) -> bytes:
+    header = file.header()
+    header[first(file)]["dtype"] = None
+    return file.bytes(json.dumps(header).encode())
+
+
+@threat("null metadata", "WrongFormatError")
+def _null_metadata(file: File, harm: Path) -> bytes:
+    return file.bytes(json.dumps({**file.header(), "__metadata__": None}).encode())
 
 
 @threat("entry is a number", "HeaderError")
@@ -490,7 +503,7 @@ def _wide(file: File) -> None:
 changed("no reference", "WrongShapeError", _references(0), ("identity",))
 changed("4097 references", "WrongShapeError", _references(4097), ("identity",))
 changed("2**40 references", "WrongShapeError", _references(HUGE), ("identity",))
-changed("clip 2**40 wide", "WrongDtypeError", _wide, ("identity",))
+changed("clip 2**40 wide", "WrongShapeError", _wide, ("identity",))
 changed("clip of no dimension", "WrongShapeError",
         lambda f: _put(f, "clip", tensor([])), ("identity",))  # fmt: skip
 changed("references disagree", "WrongShapeError",

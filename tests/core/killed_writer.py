@@ -72,13 +72,13 @@ def killed_at(name: str) -> Callable[[Path, float], None]:
 def killed_half_way(folder: Path, value: float) -> None:
     """Die with half of the bytes written."""
 
-    def half(tensors: object, path: Path, metadata: object) -> None:
+    def half(tensors: object, path: Path, *rest: object, **more: object) -> None:
         with path.open("wb") as file:
             file.write(b"\x10" * 100)
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = half
+    checkpoint.save_tensors = half
     write(folder, value)
 
 
