@@ -167,7 +167,7 @@ class Page:
             raise PageError(details.get("exception", {}).get("description", details["text"]))
         return result["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 90) -> None:
+    def until(self, condition: str, seconds: float = 180) -> None:
         """Wait for a JavaScript condition. Raises ``PageError`` after ``seconds``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
