@@ -148,6 +148,16 @@ def test_nobody_held_out_for_previews(refused: Any, tmp_path: Path) -> None:
     assert loop.train(train_world.config(root)).finished
 
 
+def test_fewer_held_out_than_previews_ask_for_is_said(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    dry_run(make(previews={"every": 2, "people": 3}))
+    assert "previews.people is 3, and no more than 1 are held out" in caplog.text
+    caplog.clear()
+    dry_run(make(previews={"every": 2, "people": 1}))
+    assert "previews.people" not in caplog.text
+
+
 def test_the_dry_run_sees_a_training_at_work(make: Make, tmp_path: Path) -> None:
     with locked(tmp_path / "run", "training"), pytest.raises(BusyError, match="just now"):
         dry_run(make())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,14 @@ from . import train_world
 SCRIPT = Path(__file__).with_name("failing_train.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SECONDS = 10.0
+
+
+def crowding() -> float:
+    """How many times longer than alone a process takes on this machine just now, at least 1."""
+    wall, own = time.monotonic(), time.process_time()
+    while time.process_time() - own < 0.3:
+        pass
+    return max(1.0, (time.monotonic() - wall) / 0.3)
 
 
 def run(
@@ -47,7 +54,7 @@ def test_any_exception_ends_the_run_with_its_workers(tmp_path: Path, workers: in
     seconds, ended = run(tmp_path, workers=workers)
     assert ended.returncode == 1
     assert "ZeroDivisionError: a fault of the test" in ended.stderr
-    assert seconds < SECONDS
+    assert seconds < SECONDS * crowding()
 
 
 def test_out_of_memory_comes_with_the_dry_runs_advice(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_out_of_memory_comes_with_the_dry_runs_advice(tmp_path: Path) -> None:
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("MemoryFullError: ") and "CUDA out of memory" in last
     assert LESS_MEMORY in last
-    assert seconds < SECONDS
+    assert seconds < SECONDS * crowding()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -67,13 +74,13 @@ def test_under_torchrun_an_exception_on_one_rank_ends_both(tmp_path: Path, rank:
     assert ended.returncode != 0
     assert "ZeroDivisionError: a fault of the test" in ended.stderr
     assert "RankLostError" in ended.stderr
-    assert seconds < SECONDS
+    assert seconds < SECONDS * crowding()
 
 
 def test_a_fellow_that_waits_for_a_failed_one_ends_though_nothing_wakes_it(tmp_path: Path) -> None:
     """As where the communication library notices nothing: the other rank waits and waits."""
     words = [*TORCHRUN, str(Path(__file__).with_name("waiting_fellow.py"))]
-    started: Any = time.monotonic()
+    started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -28,6 +28,7 @@ from ..unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
 from ..vae import check_vae
 from . import state
 from .features import check_clip_vision, clip_width, fingerprints_of, reference_row
+from .log import logger
 from .samples import Fingerprints, Plan
 
 DTYPES: dict[Precision | FileDtype, torch.dtype] = {
@@ -213,7 +214,13 @@ def check_held_out(config: TrainConfig, global_batch: int) -> Plan | None:
     if not config.previews.every:
         return None
     dataset = Dataset(config.data.folder, config.filters, "held_out")
-    for name in dataset.identities[: config.previews.people]:
+    people = dataset.identities[: config.previews.people]
+    if len(people) < config.previews.people:
+        logger.warning(
+            "previews.people is %d, and no more than %d are held out with photos that pass the "
+            "filters.", config.previews.people, len(people),
+        )  # fmt: skip
+    for name in people:
         dataset.photo(reference_row(dataset, name))
     return Plan(config, dataset, global_batch)
 
