@@ -1,17 +1,16 @@
 """Functions that other packs put into a model, one copy for each stream.
 
 Guidance functions, wrappers and attention replacements look at the rows they are given, and some
-remember them from step to step: in variables of the function that made them, or in an object in
-the model's options. So each stream calls them with its own rows, and the text stream calls
+remember them from step to step: in variables of the function that made them, in default
+arguments, or in an object. So each stream calls them with its own rows, and the text stream calls
 copies of them that remember apart, as if the node had been applied to a second model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +25,14 @@ GUIDANCE_LISTS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 MODEL_WRAPPERS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 INDIFFERENT = frozenset({"torch.compile"})
 """Keys of the host's wrappers around the model that take rows as they come."""
+TRANSFORMER_OPTIONS = frozenset(
+    {"patches", "patches_replace", "wrappers", "callbacks", "sigmas", "sample_sigmas"}
+)
+"""The host's own, which hold no state or are copied function by function."""
+SHARED_MODULES = frozenset(
+    {"builtins", "collections", "comfy", "comfy_api", "comfy_execution", "enum", "functools"}
+    | {"logging", "numpy", "pathlib", "threading", "torch", "types", "uuid", "_thread"}
+)
 
 
 class Twins:
@@ -36,8 +43,24 @@ class Twins:
         self._originals: dict[int, Any] = {}
 
     def of(self, thing: Any) -> Any:
-        """The text stream's copy of a function; what cannot remember anything is itself."""
-        return self._once(thing, self._copy_function)
+        """The text stream's copy of what can remember something; all else is itself.
+
+        Functions with their variables, default arguments and objects; the host's models, torch's
+        modules and tensors stay shared.
+        """
+        if id(thing) in self._originals:
+            return thing
+        if id(thing) in self._twins:
+            return self._twins[id(thing)][1]
+        if isinstance(thing, partial):
+            return partial(self.of(thing.func), *thing.args, **thing.keywords)
+        if isinstance(thing, MethodType):
+            return self._remembered(thing, MethodType(thing.__func__, self.of(thing.__self__)))
+        if isinstance(thing, FunctionType):
+            return self._copy_function(thing)
+        if isinstance(thing, (dict, list, set)):
+            return self._copy_container(thing)
+        return self._copy_object(thing) if _remembers(thing) else thing
 
     def original(self, thing: Any) -> Any:
         """The identity stream's side of a function, whichever of the two is given."""
@@ -47,11 +70,11 @@ class Twins:
         """Model options for the text stream; ``own`` is the key of our wrappers, left alone."""
         options = dict(model_options)
         options.update({k: self.of(options[k]) for k in GUIDANCE if k in options})
-        options.update(
-            {k: [self.of(f) for f in options[k]] for k in GUIDANCE_LISTS & options.keys()}
-        )
+        for key in GUIDANCE_LISTS:
+            if key in options:
+                options[key] = [self.of(function) for function in options[key]]
         transformer = {
-            k: v if k == own else self._once(v, _copy_state)
+            k: v if k in (own, *TRANSFORMER_OPTIONS) else self.of(v)
             for k, v in options["transformer_options"].items()
         }
         transformer["patches_replace"] = {
@@ -64,50 +87,56 @@ class Twins:
         }
         return {**options, "transformer_options": transformer}
 
-    def _once(self, thing: Any, make: Callable[[Any], Any]) -> Any:
-        if id(thing) in self._originals:
-            return thing
-        if id(thing) in self._twins:
-            return self._twins[id(thing)][1]
-        twin = make(thing)
-        if twin is not thing:
-            self._remember(thing, twin)
-        return twin
-
-    def _remember(self, thing: Any, twin: Any) -> None:
+    def _remembered(self, thing: Any, twin: Any) -> Any:
         self._twins[id(thing)] = (thing, twin)
         self._originals[id(twin)] = thing
+        return twin
 
-    def _copy_function(self, thing: Any) -> Any:
-        if isinstance(thing, partial):
-            return partial(self.of(thing.func), *thing.args, **thing.keywords)
-        if not isinstance(thing, FunctionType) or not thing.__closure__:
+    def _copy_container(self, thing: Any) -> Any:
+        twin = self._remembered(thing, copy.copy(thing))  # before it is filled: it may hold itself
+        if isinstance(twin, dict):
+            twin.update({key: self.of(value) for key, value in thing.items()})
+        elif isinstance(twin, list):
+            twin[:] = [self.of(value) for value in thing]
+        return twin
+
+    def _copy_object(self, thing: Any) -> Any:
+        try:
+            twin = copy.copy(thing)
+        except Exception:  # whatever its class raises: it cannot be copied, so it is shared
             return thing
-        cells = tuple(self._cell(cell) for cell in thing.__closure__)
-        twin = FunctionType(
-            thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, cells
-        )
-        twin.__kwdefaults__ = thing.__kwdefaults__
+        if twin is thing:
+            return thing
+        self._remembered(thing, twin)
+        for name, value in list(vars(twin).items()):
+            object.__setattr__(twin, name, self.of(value))
+        return twin
+
+    def _copy_function(self, thing: FunctionType) -> Any:
+        defaults = tuple(self.of(value) for value in thing.__defaults__ or ())
+        keywords = {k: self.of(v) for k, v in (thing.__kwdefaults__ or {}).items()}
+        changed = (*zip(defaults, thing.__defaults__ or (), strict=True),)
+        changed += (*((v, (thing.__kwdefaults__ or {})[k]) for k, v in keywords.items()),)
+        if not thing.__closure__ and all(new is old for new, old in changed):
+            return thing
+        cells = tuple(self._cell(cell) for cell in thing.__closure__ or ())
+        twin = FunctionType(thing.__code__, thing.__globals__, thing.__name__, defaults, cells)
+        twin.__kwdefaults__ = keywords or None
         twin.__dict__.update(thing.__dict__)
         twin.__qualname__ = thing.__qualname__
-        self._remember(thing, twin)  # before the cells are filled: one may hold the function
-        for old, new in zip(thing.__closure__, cells, strict=True):
-            self._fill(old, new)
+        twin.__module__ = thing.__module__
+        self._remembered(thing, twin)  # before the cells are filled: one may hold the function
+        for old, new in zip(thing.__closure__ or (), cells, strict=True):
+            if _filled(old) and not _filled(new):
+                new.cell_contents = self.of(old.cell_contents)
         return twin
 
     def _cell(self, cell: CellType) -> CellType:
         """Functions that share a variable keep sharing it on the text stream's side."""
-        twin: CellType = self._once(cell, lambda _: CellType())
-        return twin
-
-    def _fill(self, old: CellType, new: CellType) -> None:
-        if _filled(new) or not _filled(old):
-            return
-        content = old.cell_contents
-        if isinstance(content, (dict, list, set)):
-            new.cell_contents = self._once(content, copy.copy)
-        else:
-            new.cell_contents = self.of(content)
+        if id(cell) in self._twins:
+            twin: CellType = self._twins[id(cell)][1]
+            return twin
+        return self._remembered(cell, CellType())  # type: ignore[no-any-return]
 
 
 def sampler_functions(options: Options, known: frozenset[int]) -> tuple[Options, list[Any]]:
@@ -171,13 +200,13 @@ def _filled(cell: CellType) -> bool:
     return True
 
 
-def _copy_state(thing: Any) -> Any:
-    """A copy of an object that remembers: its attributes apart, its lists and dicts as well."""
-    plain = (type, ModuleType, torch.Tensor, torch.nn.Module)
-    if not hasattr(thing, "__dict__") or isinstance(thing, plain) or callable(thing):
-        return thing
-    twin = copy.copy(thing)
-    for name, value in list(vars(twin).items()):
-        if isinstance(value, (dict, list, set)):
-            setattr(twin, name, copy.copy(value))
-    return twin
+def _remembers(thing: Any) -> bool:
+    """Whether an object may keep something from step to step that belongs to one stream.
+
+    The host's own objects (models, patchers, samplers) and those of libraries are tools, which
+    both streams use; what nodes are made of, the host's extras included, is not.
+    """
+    if not hasattr(thing, "__dict__") or isinstance(thing, (type, ModuleType, torch.nn.Module)):
+        return False
+    roots = [base.__module__.split(".")[0] for base in type(thing).__mro__]
+    return roots[0] not in SHARED_MODULES and not {"comfy", "torch"} & set(roots)

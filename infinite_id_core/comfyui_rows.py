@@ -24,6 +24,43 @@ def fit_conds(conds: Conds, rows: int) -> Conds:
     return [None if cond is None else [_fit_cond(c, rows) for c in cond] for cond in conds]
 
 
+class HalvedControl:
+    """A ControlNet that is asked for the rows of both streams.
+
+    The host deals a batch of hints over the rows of each cond: twice as many conds, each with the
+    rows of one stream, give both streams the hints that one has without us.
+    """
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def get_control(self, x: Tensor, t: Tensor, cond: Any, conds: int, *args: Any) -> Any:
+        """The host's ``ControlBase.get_control`` for ``conds`` conds of two streams each."""
+        return self._control.get_control(x, t, cond, 2 * conds, *args)
+
+    def get_instance_for_device(self, device: Any) -> HalvedControl:
+        """The host's, on several GPUs."""
+        return HalvedControl(self._control.get_instance_for_device(device))
+
+
+def halve_controls(conds: Conds, halved: dict[int, HalvedControl]) -> Conds:
+    """Conds whose ControlNets are asked for both streams.
+
+    ``halved`` keeps one for each: by its identity the host knows which conds may share a call.
+    """
+
+    def of(cond: Cond) -> Cond:
+        control = cond.get("control")
+        if control is None:
+            return cond
+        return {**cond, "control": halved.setdefault(id(control), HalvedControl(control))}
+
+    return [None if cond is None else [of(c) for c in cond] for cond in conds]
+
+
 def uuids_of(conds: Conds) -> list[list[Any]]:
     """Tells whether two evaluations were asked for the same."""
     return [[c.get("uuid") for c in cond or ()] for cond in conds]

@@ -32,7 +32,15 @@ from .comfyui_others import (
     sampler_functions,
     without_model_wrappers,
 )
-from .comfyui_rows import Conds, fit_conds, fit_rows, in_window, uuids_of
+from .comfyui_rows import (
+    Conds,
+    HalvedControl,
+    fit_conds,
+    fit_rows,
+    halve_controls,
+    in_window,
+    uuids_of,
+)
 from .errors import PatchConflictError
 from .identity import null_features
 from .layers import BlockKey, CrossAttentionLayer
@@ -187,6 +195,8 @@ class Run:
         ] = {}
         self._masks: dict[Any, Tensor] = {}
         self._patches: dict[Any, Others] = {}
+        self._controls: dict[int, HalvedControl] = {}
+        self._asked_rows = 0
         self._areas: dict[Any, Sequence[int]] | None = None
         self._warned: set[str] = set()
 
@@ -197,7 +207,13 @@ class Run:
         """Free everything; the guider may outlive the run in a user's hands."""
         self.guider = self._step = self._record = self.text_latent = self.text_result = None
         self.twins = Twins()
-        for cache in (self._tokens, self._key_values, self._masks, self._patches):
+        for cache in (
+            self._tokens,
+            self._key_values,
+            self._masks,
+            self._patches,
+            self._controls,
+        ):
             cache.clear()
 
     def start_text_at(self, latent: Tensor) -> None:
@@ -267,7 +283,7 @@ class Run:
         self, run: Evaluate, conds: Conds, x: Tensor, timestep: Tensor, options: Options
     ) -> list[Tensor]:
         """What one stream asks of the model, with the other stream's rows where they are read."""
-        self.canvas = (int(x.shape[-2]), int(x.shape[-1]))
+        self.canvas, self._asked_rows = (int(x.shape[-2]), int(x.shape[-1])), x.shape[0]
         active = self.active(float(timestep[0]))
         step = self._step
         if self.streams.own and step is None:  # a guider that goes its own way: both streams' rows
@@ -339,7 +355,8 @@ class Run:
         """Text rows and identity rows ``x [2b, C, H, W]`` in one."""
         if active:
             options = self.patched_options(options, conds, active)
-        return run(fit_conds(conds, x.shape[0] // 2), x, timestep, options)
+        fitted = halve_controls(fit_conds(conds, x.shape[0] // 2), self._controls)
+        return run(fitted, x, timestep, options)
 
     def _apart(
         self,
@@ -455,6 +472,7 @@ class Run:
             return self._others(call, other, q, k, v, extra)
         kernel, options = _kernel(extra), self.streams.options
         chunks = len(extra["cond_or_uncond"])
+        self._check_rows(call, extra)
         if call.rows == "both":
             return two_stream_self_attention(q, k, v, chunks, options, kernel)
         if call.rows == "text":
@@ -501,6 +519,20 @@ class Run:
         ]
         return torch.cat(merged)
 
+    def _check_rows(self, call: Call, extra: Options) -> None:
+        """Raises ``PatchConflictError`` where a wrapper gave the model another batch than ours.
+
+        Its rows could not be told apart: who is the person, and which prompt is whose.
+        """
+        found = extra["original_shape"][0]
+        wanted = len(extra["cond_or_uncond"]) * self._asked_rows
+        if call.rows != "both" and found != wanted:
+            raise PatchConflictError(
+                f"Another node called the model with {found} rows; expected {wanted}. If it cuts "
+                "the picture into tiles, set its tile batch size to 1; else bypass it or "
+                "Infinite-ID."
+            )
+
     def _others(
         self, call: Call, other: AttentionPatch, q: Tensor, k: Tensor, v: Tensor, extra: Options
     ) -> Tensor:
@@ -533,7 +565,7 @@ class Run:
                     value=value.expand(rows),
                     strength=applied.strength,
                     token_weight=weights,
-                    mask=self.mask(index, chunk, q, extra),
+                    mask=self.mask(index, call, chunk, q, extra),
                 )
             )
         return terms
@@ -564,12 +596,18 @@ class Run:
             self._tokens[key] = finite_tokens(adapter, to_device(face), to_device(clip))
         return self._tokens[key]
 
-    def mask(self, index: int, chunk: int, q: Tensor, extra: Options) -> Tensor | None:
+    def mask(self, index: int, call: Call, chunk: int, q: Tensor, extra: Options) -> Tensor | None:
         """An identity's mask at this layer's resolution, ``[1 or rows, N, 1]``."""
         mask = self.streams.applied[index].mask
         if mask is None:
             return None
         height, width = extra["original_shape"][-2:]
+        if call.rows != "both" and (height, width) != self.canvas and not self.areas():
+            raise PatchConflictError(
+                f"Another node cuts the picture of {list(self.canvas)} into tiles of "
+                f"{[height, width]}, and Infinite-ID cannot tell where in the mask a tile lies. "
+                "Bypass the node that wraps the model, or connect no mask."
+            )
         uuids = extra.get("uuids") or ()
         area = self.areas().get(uuids[chunk]) if chunk < len(uuids) else None
         window = extra.get("context_window")

@@ -8,9 +8,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .streams import twice
+
+_LIKE = (torch.randn_like, torch.rand_like, torch.randint_like)
+_OF_SIZE = (torch.randn, torch.rand, torch.randint, torch.normal)
+_IN_PLACE = (
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.exponential_,
+    Tensor.cauchy_,
+    Tensor.log_normal_,
+    Tensor.geometric_,
+    Tensor.random_,
+)
 
 
 class MirroredNoise(TorchFunctionMode):
@@ -26,6 +39,7 @@ class MirroredNoise(TorchFunctionMode):
         super().__init__()
         self.shape = tuple(shape)
         self._thread: int | None = None
+        self._looking_away = False
 
     @property
     def active(self) -> bool:
@@ -43,30 +57,69 @@ class MirroredNoise(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Not listening, for what is not the sampler's own; nothing to do in another thread."""
-        if not self.active:
+        """Not listening, for what is not the sampler's own; nothing to do in another thread.
+
+        Off torch's stack of modes where it lies on top, so that the model runs as if it were not
+        there; under another mode it stays, and looks away.
+        """
+        if not self.active or self._looking_away:
             yield
             return
-        self.__exit__(None, None, None)
+        on_top = _get_current_function_mode() is self  # type: ignore[no-untyped-call]
+        if on_top:
+            self.__exit__(None, None, None)
+        self._looking_away = not on_top
         try:
             yield
         finally:
-            self.__enter__()
+            self._looking_away = False
+            if on_top:
+                self.__enter__()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.randn_like, torch.rand_like) and self._fits(args[0].shape):
+        if self._looking_away:
+            return func(*args, **kwargs)
+        if func in _LIKE and self._fits(args[0].shape):
             return twice(func(args[0][: self.rows], *args[1:], **kwargs))
-        if func in (torch.randn, torch.rand) and self._fits(size := self._size(args, kwargs)):
-            rest = {k: v for k, v in kwargs.items() if k not in ("size", "out")}
-            return twice(func((self.rows, *size[1:]), **rest))
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) and self._fits(args[0].shape):
+        if func in _IN_PLACE and self._fits(args[0].shape):
             func(args[0][: self.rows], *args[1:], **kwargs)
             args[0][self.rows :] = args[0][: self.rows]
             return args[0]
+        if func is torch.normal and args and isinstance(args[0], Tensor):
+            return self._normal(*args, **kwargs)
+        if func in _OF_SIZE:
+            return self._of_size(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _of_size(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A draw that is told its size, by name, as a sequence or number by number."""
+        place = next((i for i, a in enumerate(args) if isinstance(a, (tuple, list))), None)
+        by_number = func in (torch.randn, torch.rand) and place is None and "size" not in kwargs
+        size = (
+            tuple(args)
+            if by_number
+            else kwargs.get("size", args[place] if place is not None else ())
+        )
+        if not self._fits(size):
+            return func(*args, **kwargs)
+        half, out = (self.rows, *size[1:]), kwargs.get("out")
+        rest = {k: v for k, v in kwargs.items() if k not in ("size", "out")}
+        if place is None:
+            drawn = func(*(() if by_number else args), size=half, **rest)
+        else:
+            drawn = func(*args[:place], half, *args[place + 1 :], **rest)
+        return twice(drawn) if out is None else out.copy_(twice(drawn))
+
+    def _normal(self, mean: Tensor, std: Any = 1.0, **kwargs: Any) -> Tensor:
+        """Means (and deviations) of their own for each stream, over the same draw."""
+        if not self._fits(mean.shape):
+            return torch.normal(mean, std, **kwargs)
+        unit = torch.zeros_like(mean[: self.rows])
+        drawn: Tensor = mean + std * twice(torch.normal(unit, torch.ones_like(unit), **kwargs))
+        return drawn
 
     @property
     def rows(self) -> int:
@@ -75,8 +128,3 @@ class MirroredNoise(TorchFunctionMode):
 
     def _fits(self, size: Sequence[int]) -> bool:
         return len(size) == len(self.shape) and size[0] == self.shape[0]
-
-    @staticmethod
-    def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-        size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-        return tuple(size)

@@ -19,6 +19,13 @@ DRAWS = {
     "rand_like": lambda: torch.rand_like(torch.empty(SHAPE)),
     "normal_": lambda: torch.empty(SHAPE).normal_(),
     "uniform_": lambda: torch.empty(SHAPE).uniform_(),
+    "randint": lambda: torch.randint(0, 1000, SHAPE),
+    "randint_like": lambda: torch.randint_like(torch.empty(SHAPE), 1000),
+    "normal by size": lambda: torch.normal(0.0, 1.0, SHAPE),
+    "normal by means": lambda: torch.normal(torch.zeros(SHAPE), 1.0),
+    "exponential_": lambda: torch.empty(SHAPE).exponential_(),
+    "out": lambda: torch.randn(SHAPE, out=torch.zeros(SHAPE)),
+    "a distribution": lambda: torch.distributions.Normal(torch.zeros(SHAPE), 2.0).sample(),
     "enlarged": lambda: torch.randn(4, 3, 16, 16),
     "enlarged like": lambda: torch.randn_like(torch.empty(4, 3, 12, 20)),
 }
@@ -83,3 +90,29 @@ def test_error_leaves_nothing_on():
     with pytest.raises(ZeroDivisionError), noise, noise.paused():
         raise ZeroDivisionError
     assert not noise.active and not halves_equal(torch.randn(SHAPE))
+
+
+def test_what_is_drawn_into_is_filled():
+    target = torch.zeros(SHAPE)
+    with MirroredNoise(SHAPE):
+        drawn = torch.randn(SHAPE, out=target)
+    assert drawn is target and halves_equal(target) and float(target.abs().min()) > 0
+
+
+def test_means_of_each_stream_over_one_draw():
+    means = torch.cat([torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)])
+    with MirroredNoise(SHAPE):
+        zero, one = torch.normal(means, 1.0).chunk(2)
+    assert torch.allclose(zero + 1, one, atol=1e-5)
+
+
+def test_paused_under_another_mode_leaves_that_one():
+    """A sampler that calls the model under a mode of its own (torch.device(...) is one)."""
+    noise = MirroredNoise(SHAPE)
+    with noise, torch.device("meta"):
+        with noise.paused():
+            assert torch.empty(1).device.type == "meta"
+            assert not halves_equal(torch.randn(SHAPE, device="cpu"))
+        assert torch.empty(1).device.type == "meta"
+        assert halves_equal(torch.randn(SHAPE, device="cpu"))
+    assert not noise.active

@@ -67,6 +67,71 @@ def reweighted(model: Any) -> Any:
     return clone
 
 
+class Momentum:
+    """Guidance that remembers in an object."""
+
+    before: torch.Tensor | None = None
+
+    def __call__(self, args: Any) -> torch.Tensor:
+        denoised = args["denoised"]
+        if self.before is not None:
+            denoised = denoised + 0.3 * self.before
+        self.before = args["denoised"]
+        return denoised
+
+    def wrap(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = executor(x, *args, **kwargs)
+        kept, self.before = self.before, out
+        return out if kept is None or kept.shape != out.shape else out + 0.2 * kept
+
+
+def in_an_object(model: Any) -> Any:
+    momentum, clone = Momentum(), model.clone()
+    clone.set_model_sampler_post_cfg_function(lambda args: momentum(args))
+    return clone
+
+
+def as_an_object(model: Any) -> Any:
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(Momentum())
+    return clone
+
+
+def as_a_method(model: Any) -> Any:
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(Momentum().__call__)
+    return clone
+
+
+def in_a_default(model: Any) -> Any:
+    def post_cfg(args: Any, kept: Any = None) -> torch.Tensor:
+        kept["inner"].append(args["denoised"])
+        return args["denoised"] + 0.3 * kept["inner"][max(len(kept["inner"]) - 2, 0)]
+
+    post_cfg.__defaults__ = ({"inner": []},)
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post_cfg)
+    return clone
+
+
+def in_the_options(model: Any) -> Any:
+    def post_cfg(args: Any) -> torch.Tensor:
+        kept = args["model_options"]["transformer_options"]["theirs"]["deep"]
+        kept.append(args["denoised"])
+        return args["denoised"] + 0.3 * kept[max(len(kept) - 2, 0)]
+
+    clone = model.clone()
+    clone.model_options["transformer_options"]["theirs"] = {"deep": []}
+    clone.set_model_sampler_post_cfg_function(post_cfg)
+    return clone
+
+
+def around_the_model(model: Any) -> Any:
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", Momentum().wrap)
+    return clone
+
+
 NODES: dict[str, Node] = {
     "RenormCFG": _v3("nodes_lumina2", "RenormCFG", 100.0, 1.0),
     "VideoLinearCFGGuidance": _old("nodes_video_model", "VideoLinearCFGGuidance", 1.0),
@@ -83,7 +148,13 @@ NODES: dict[str, Node] = {
     "EasyCache": _v3("nodes_easycache", "EasyCacheNode", 0.6, 0.1, 0.9, False),
     "LazyCache": _v3("nodes_easycache", "LazyCacheNode", 0.6, 0.1, 0.9, False),
     "remembering guidance": hypnotised,
+    "guidance that remembers in an object": in_an_object,
+    "guidance that is an object": as_an_object,
+    "guidance that is a method": as_a_method,
+    "guidance that remembers in a default": in_a_default,
+    "guidance that remembers in the options": in_the_options,
     "model wrapper": reweighted,
+    "model wrapper that remembers": around_the_model,
 }
 # Where the host's own code fails at batch 2, with or without Apply.
 ONE_ROW_ONLY = {"RenormCFG"} | ({"EasyCache"} if HOST_VERSION == "0.3.64" else set())
@@ -243,29 +314,54 @@ def test_wrapper_that_a_cond_brings(silent: Any, model: Any, text_stream: str) -
 
 
 def test_wrapper_that_calls_again_is_refused(errors: Any, patched: Any, model: Any) -> None:
-    calls: list[int] = []
-
-    def twice_for_the_person(apply_model: Any, args: Any) -> Any:
-        calls.append(1)
-        for _ in range(len(calls)):
+    def again(apply_model: Any, args: Any) -> Any:
+        _Calls.made += 1  # a class belongs to both streams
+        for _ in range(_Calls.made):
             out = apply_model(args["input"], args["timestep"], **args["c"])
         return out
 
     before = run(model)
     wrapped = patched.clone()
-    calls_of = wrapped.model.apply_model  # an object's method keeps its state for both streams
-    wrapped.set_model_unet_function_wrapper(_Counting(twice_for_the_person))
+    wrapped.set_model_unet_function_wrapper(again)
     with pytest.raises(errors.PatchConflictError, match="more often"):
         run(wrapped)
-    assert torch.equal(run(model), before) and calls_of is not None
+    assert torch.equal(run(model), before)
 
 
-class _Counting:
-    def __init__(self, function: Any) -> None:
-        self.function = function
+class _Calls:
+    made = 0
 
-    def __call__(self, apply_model: Any, args: Any) -> Any:
-        return self.function(apply_model, args)
+
+def test_wrapper_that_tiles(
+    host: Any, errors: Any, model: Any, adapter: Any, identity: Any
+) -> None:
+    """One tile a call is fine; several in one call, and a mask under tiles, are refused by name."""
+
+    def tiled(model: Any, together: bool) -> Any:
+        def wrapper(apply_model: Any, args: Any) -> torch.Tensor:
+            parts = args["input"].chunk(2, dim=-1)
+            if not together:
+                outs = [apply_model(part, args["timestep"], **args["c"]) for part in parts]
+                return torch.cat(outs, dim=-1)
+            c = {
+                k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v
+                for k, v in args["c"].items()
+            }
+            out = apply_model(torch.cat(parts), torch.cat([args["timestep"]] * 2), **c)
+            return torch.cat(out.chunk(2), dim=-1)
+
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(wrapper)
+        return clone
+
+    patched = host.apply_identity(model, adapter, identity)
+    assert error(run(tiled(model, True)), run(tiled(model, False))) < 1e-5
+    assert run(tiled(patched, False)).isfinite().all()
+    with pytest.raises(errors.PatchConflictError, match="tile batch size"):
+        run(tiled(patched, True))
+    masked = host.apply_identity(model, adapter, identity, mask=torch.ones(1, 64, 64))
+    with pytest.raises(errors.PatchConflictError, match="no mask"):
+        run(tiled(masked, False))
 
 
 def test_perp_neg_gives_the_empty_cond_nobody(host: Any, model: Any, patched: Any) -> None:

@@ -249,7 +249,9 @@ def test_text_rows_run_only_while_they_are_needed(
 # --- 3. other pieces of a graph --------------------------------------------------------------
 
 
-def test_controlnet(silent: Any, patched: Any, model: Any) -> None:
+@pytest.mark.parametrize(("rows", "hints"), [(2, 2), (2, 3), (3, 2), (1, 3), (2, 1)])
+def test_controlnet(silent: Any, patched: Any, model: Any, rows: int, hints: int) -> None:
+    """Each picture of the batch gets the hint it gets without us, however many there are."""
     config = {
         k: v
         for k, v in UNET_CONFIG.items()
@@ -261,10 +263,17 @@ def test_controlnet(silent: Any, patched: Any, model: Any) -> None:
     net.load_state_dict(random_weights(twin.state_dict(), 21))
     control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
     apply = host_nodes.ControlNetApplyAdvanced().apply_controlnet
-    hint = torch.rand(2, SIZE * 8, SIZE * 8, 3, generator=torch.Generator().manual_seed(1))
-    positive, negative = apply(conditioning(1), conditioning(2), control, hint, 1.0, 0.0, 1.0)
-    both_ways(silent, patched, model, positive=positive, negative=negative, rows=2)
-    assert error(run(model, positive=positive, negative=negative), run(model)) > 1e-3
+    hint = torch.rand(hints, SIZE * 8, SIZE * 8, 3, generator=torch.Generator().manual_seed(1))
+    hint *= 1000.0 * torch.arange(1.0, hints + 1)[:, None, None, None]  # hints that differ
+
+    def under(hint: Any) -> dict[str, Any]:
+        positive, negative = apply(conditioning(1), conditioning(2), control, hint, 1.0, 0.0, 1.0)
+        return {"positive": positive, "negative": negative, "rows": rows}
+
+    both_ways(silent, patched, model, **under(hint))
+    assert error(run(model, **under(hint)), run(model, rows=rows)) > 1e-3
+    if hints > 1:
+        assert error(run(model, **under(hint)), run(model, **under(hint.flip(0)))) > 1e-3
 
 
 @pytest.mark.parametrize("mask_rows", [1, 2, 3])
