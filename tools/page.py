@@ -24,6 +24,8 @@ QUIET = (
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
+    "--disable-background-timer-throttling",
+    "--disable-renderer-backgrounding",
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
