@@ -1,52 +1,55 @@
 """``python -m trainer convert IN OUT.safetensors``: tensors out of a pickle, and nothing else.
 
-Read with ``torch.load(weights_only=True)``, which builds tensors and plain containers and refuses
-everything else a pickle could do. Understood are: an adapter or identity of this project, and
-published IP-Adapter and InstantID files, nested (``image_proj``, ``ip_adapter``) or as the raw
-training checkpoint (``image_proj_model.*``, ``adapter_modules.*``; the frozen ``unet.*`` is left
-behind).
+Read with the core's restricted reader, which builds plain containers and refuses everything else a
+pickle could do. Understood are: an adapter or identity of this project; published IP-Adapter and
+InstantID files, nested (``image_proj``, ``ip_adapter``) or as the raw training checkpoint
+(``image_proj_model.*``, ``adapter_modules.*``; the frozen ``unet.*`` is left behind); and the
+models that training reads: an SDXL checkpoint (``.ckpt``), its UNet, VAE, text or image encoder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import pickle
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from infinite_id_core.adapter import AdapterConfig
+from infinite_id_core.atomic import replacing
 from infinite_id_core.checkpoint import (
     ADAPTER_FORMAT,
     IDENTITY_FORMAT,
     VERSION,
     read_adapter,
     read_identity,
-    replacing,
 )
 from infinite_id_core.errors import (
     ConfigError,
     FileError,
-    FileMissingError,
-    NotFiniteError,
+    NotConvertibleError,
+    NotWrittenError,
     OptionError,
-    TruncatedFileError,
 )
 from infinite_id_core.identity import IdentityConfig
+from infinite_id_core.pickles import StoredTensor, open_pickle
+from infinite_id_core.safetensors_file import json_object, save_tensors
+from infinite_id_core.system_files import writing
 
-from .errors import NotConvertibleError, UnknownFileError, UnsafePickleError, disk_errors
-
-Kind = Literal["adapter", "identity", "ip-adapter"]
+Kind = Literal["adapter", "identity", "ip-adapter", "model"]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "identity")
 _PREFIXES = ("module.", "adapter.", "_orig_mod.")
 _IP_ADAPTER = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
 _FROZEN = ("unet.", "vae.", "text_encoder.", "optimizer.", "image_encoder.")
+_MODELS = (  # a checkpoint's parts, or one of them alone
+    "model.diffusion_model.", "diffusion_model.", "input_blocks.", "first_stage_model.",
+    "conditioner.", "cond_stage_model.", "encoder.", "decoder.", "visual.", "vision_model.",
+    "text_model.", "transformer.", "down_blocks.", "taesd_encoder.",
+)  # fmt: skip
+_TRAINING = ("model_ema.", "optimizer.", "optimizer_states.", "loss.")
+_MAX_TENSORS = 100_000
 _CONFIGS = {"adapter": AdapterConfig, "identity": IdentityConfig}
 
 
@@ -55,10 +58,10 @@ class Converted:
     """What was found in the pickle."""
 
     kind: Kind
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     config: dict[str, Any]
     left_behind: int
-    """Tensors of frozen models that were not taken along."""
+    """Tensors of frozen models, or of the training, that were not taken along."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,61 +94,21 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None)
     """
     if output.suffix != ".safetensors" or output.resolve() == source.resolve():
         raise OptionError(f"OUT must be another file, ending in .safetensors; got {output}.")
-    found = recognise(source, load_tensors(source), config or {})
-    for name, tensor in found.tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise NotFiniteError(source, f"{name} holds NaN or infinity.")
-    try:
-        with disk_errors(output), replacing(output) as temporary:
-            save_file(found.tensors, temporary, metadata=_metadata(found))
-            if found.kind == "adapter":
-                read_adapter(temporary)
-            elif found.kind == "identity":
-                read_identity(temporary)
-    except FileError as error:
-        # The reader names the temporary file; the user knows the pickle.
-        raise type(error)(source, error.problem) from error
+    with open_pickle(source) as values:
+        found = recognise(source, values, config or {})
+        try:
+            with writing(output), replacing(output) as temporary:
+                save_tensors(found.tensors, temporary, _metadata(found))
+                if found.kind == "adapter":
+                    read_adapter(temporary)
+                elif found.kind == "identity":
+                    read_identity(temporary)
+        except NotWrittenError:
+            raise
+        except FileError as error:
+            # The reader names the temporary file; the user knows the pickle.
+            raise type(error)(source, error.problem.removeprefix("not written: ")) from error
     return found
-
-
-def load_tensors(path: Path) -> Any:
-    """What ``torch.load(weights_only=True)`` builds, on the CPU.
-
-    Raises ``UnsafePickleError`` for a pickle that asks for more, ``UnknownFileError``,
-    ``TruncatedFileError``, ``FileMissingError``.
-    """
-    if not path.is_file():
-        raise FileMissingError(path, "no such file.")
-    with path.open("rb") as file:
-        start = file.read(16)
-    if not start.startswith((b"PK\x03\x04", b"\x80")):
-        kind = "a safetensors file" if start[8:9] == b"{" else "of an unknown kind"
-        raise UnknownFileError(path, f"is {kind}, not a pickle; there is nothing to convert.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafePickleError(path, f"{_first_line(error)} {_UNSAFE}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise UnsafePickleError(path, f"is a TorchScript archive. {_UNSAFE}") from error
-        raise TruncatedFileError(
-            path, f"cannot be read ({_first_line(error)}). Download or copy it again."
-        ) from error
-    except (AttributeError, TypeError, IndexError) as error:
-        # The restricted unpickler met opcodes in an order that no honest file has.
-        raise UnsafePickleError(path, f"{_first_line(error)} {_UNSAFE}") from error
-
-
-_UNSAFE = (
-    "It holds more than tensors and was not loaded; nothing of it ran. Ask its author for "
-    "safetensors."
-)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return (named or lines or [type(error).__name__])[0][:300]
 
 
 # --- recognising by contents -----------------------------------------------------------------
@@ -154,27 +117,39 @@ def _first_line(error: Exception) -> str:
 def recognise(path: Path, values: Any, config: Mapping[str, Any]) -> Converted:
     """Which of the known kinds ``values`` is, by its names. Raises ``NotConvertibleError``."""
     own_config = _own_config(values)
-    tensors = _renamed(_flat(_unwrapped(values)))
+    tensors = _renamed(_flat(path, _unwrapped(values)))
     kept = {name: t for name, t in tensors.items() if not name.startswith(_FROZEN)}
-    behind = len(tensors) - len(kept)
     kind = _kind_of(kept)
+    if kind is None and any(name.startswith(_MODELS) for name in tensors):
+        kind = "model"
+        kept = {name: t for name, t in tensors.items() if not name.startswith(_TRAINING)}
     if kind is None:
         raise NotConvertibleError(
             path,
             "holds no adapter (clip_mapper.*, face_mapper.*, layers.*), identity (face, clip, "
-            "weight) or IP-Adapter (image_proj.*, ip_adapter.*). Its first tensors are "
-            f"{sorted(tensors)[:4]}.",
+            "weight), IP-Adapter (image_proj.*, ip_adapter.*) or part of SDXL "
+            f"(model.diffusion_model.*, ...). Its first tensors are {sorted(tensors)[:4]}.",
         )
     if kind == "ip-adapter":
         kept = {n: t for n, t in kept.items() if n.startswith(("image_proj.", "ip_adapter."))}
-        behind = len(tensors) - len(kept)
-    plain = {name: tensor.detach().clone().contiguous() for name, tensor in kept.items()}
+    _check_size(path, kept)
     merged = {**own_config, **config} if kind in _CONFIGS else {}
     _check_config(path, kind, merged)
-    return Converted(kind=kind, tensors=plain, config=merged, left_behind=behind)
+    return Converted(kind=kind, tensors=kept, config=merged, left_behind=len(tensors) - len(kept))
 
 
-def _kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:
+def _check_size(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Many views of one storage would make a small pickle a file without end."""
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    room = 2 * path.stat().st_size
+    if size > room:
+        raise NotConvertibleError(
+            path, f"would become {size} bytes of tensors, more than twice its own size: they "
+            "share their memory. Save it with a copy of each tensor."
+        )  # fmt: skip
+
+
+def _kind_of(tensors: Mapping[str, StoredTensor]) -> Kind | None:
     names = set(tensors)
     if any(n.startswith("clip_mapper.") for n in names):
         return "adapter"
@@ -186,27 +161,49 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> Kind | None:
 
 
 def _unwrapped(values: Any) -> Any:
-    while isinstance(values, Mapping):
-        inner = [values[w] for w in _WRAPPERS if isinstance(values.get(w), Mapping)]
+    for _ in range(8):  # a dictionary may hold itself
+        inner = (
+            [values[w] for w in _WRAPPERS if isinstance(values.get(w), Mapping)]
+            if isinstance(values, Mapping)
+            else []
+        )
         if len(inner) != 1:
             break
         values = inner[0]
     return values
 
 
-def _flat(values: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+def _flat(path: Path, values: Any) -> dict[str, StoredTensor]:
     """Tensors of nested dicts by their dotted names."""
-    if isinstance(values, Tensor):
-        return {prefix.removesuffix("."): values}
-    if not isinstance(values, Mapping) or depth > 8:
-        return {}
-    result: dict[str, Tensor] = {}
-    for name, value in values.items():
-        result |= _flat(value, f"{prefix}{name}.", depth + 1)
+    result: dict[str, StoredTensor] = {}
+    seen = 0
+    waiting: list[tuple[str, Any, int]] = [("", values, 0)]
+    while waiting:
+        prefix, value, depth = waiting.pop()
+        seen += 1
+        if seen > _MAX_TENSORS or depth > 8:
+            # Few dictionaries that hold one another have more names than any file.
+            raise NotConvertibleError(
+                path, f"has dictionaries in one another without end, or more than {_MAX_TENSORS} "
+                "entries; expected names and tensors."
+            )  # fmt: skip
+        if isinstance(value, StoredTensor):
+            result[_printable(path, prefix.removesuffix("."))] = value
+        elif isinstance(value, Mapping):
+            entries = [(f"{prefix}{name}.", inner, depth + 1) for name, inner in value.items()]
+            waiting += reversed(entries)
     return result
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _printable(path: Path, name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise NotConvertibleError(path, f"has a tensor of the name {name[:100]!r}.") from error
+    return name
+
+
+def _renamed(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     result = {}
     for name, tensor in tensors.items():
         while (prefix := next((p for p in _PREFIXES if name.startswith(p)), "")) != "":
@@ -222,14 +219,17 @@ def _own_config(values: Any) -> dict[str, Any]:
     found = values.get("config") if isinstance(values, Mapping) else None
     if isinstance(found, str):
         try:
-            found = json.loads(found)
+            found = json_object(found)
         except ValueError:
             found = None
-    return dict(found) if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    plain = (str, int, float, bool, type(None))
+    return {str(name): value for name, value in found.items() if isinstance(value, plain)}
 
 
 def _check_config(path: Path, kind: Kind, config: Mapping[str, Any]) -> None:
-    if kind == "ip-adapter":
+    if kind not in _CONFIGS:
         return
     entries = fields(_CONFIGS[kind])
     required = [f.name for f in entries if f.default is f.default_factory]
@@ -251,7 +251,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _metadata(found: Converted) -> dict[str, str]:
-    if found.kind == "ip-adapter":
+    if found.kind not in _CONFIGS:
         return {"format": "pt"}
     return {
         "format": ADAPTER_FORMAT if found.kind == "adapter" else IDENTITY_FORMAT,

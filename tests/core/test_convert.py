@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
+import struct
+import subprocess
+import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +138,7 @@ def test_the_environment_cannot_switch_the_protection_off(tmp_path, monkeypatch)
     harm = tmp_path / "harm"
     torch.save({"x": Harm(harm)}, tmp_path / "bad.bin")
     with pytest.raises(UnsafePickleError):
-        converting.load_tensors(tmp_path / "bad.bin")
+        converting.convert(tmp_path / "bad.bin", tmp_path / "o.safetensors")
     assert not harm.exists()
 
 
@@ -171,6 +179,264 @@ def test_what_cannot_be_converted_is_named(adapter, tmp_path):
         archive.writestr("hello.txt", "hello")
     with pytest.raises(errors.FileError):
         converting.convert(tmp_path / "z.bin", output)
+
+
+# --- pickles that mean harm, or mean well and are odd ----------------------------------------
+
+
+def saved(path: Path, values: Any, zipped: bool = True) -> Path:
+    torch.save(values, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def complete(adapter: Adapter, **more: Any) -> dict[str, Any]:
+    return {**adapter.state_dict(), "config": CONFIG, **more}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_containers_give_what_torch_gives(zipped, tmp_path):
+    """Views, transposes, shared storages, parameters and every element type."""
+    base = torch.arange(60.0)
+    values = {
+        "down_blocks.a": base.view(6, 10).t(),
+        "b": base[7:19].view(3, 4),
+        "c": torch.nn.Parameter(torch.randn(3, 5)),
+        "d": torch.tensor(2.5),
+        "e": torch.empty(0, 4),
+        "f": base.to(torch.bfloat16)[::3],
+        "i": torch.arange(5),
+        "t": torch.tensor([True, False]),
+        "w": base.view(6, 10)[:, 3:5],
+    }
+    if zipped:  # the old container has no spelling for these
+        values["u"] = torch.arange(4).to(torch.uint16)
+        values["e4"] = base[:8].to(torch.float8_e4m3fn)
+    source = saved(tmp_path / "m.ckpt", values, zipped)
+    found = converting.convert(source, tmp_path / "m.safetensors")
+    assert (found.kind, found.left_behind) == ("model", 0)
+    wanted = torch.load(source, weights_only=True)
+    read = load_file(tmp_path / "m.safetensors")
+    assert set(read) == set(wanted)
+    for name, tensor in wanted.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert torch.equal(read[name].float(), tensor.detach().float())
+
+
+def test_a_checkpoint_in_a_pickle_becomes_one_that_training_reads(tmp_path):
+    from trainer.unet import load_unet
+
+    from . import train_world
+
+    unet = tmp_path / "unet.safetensors"
+    train_world.write_unet(unet)
+    state = load_file(unet)  # as in a checkpoint: model.diffusion_model.*
+    state["model_ema.decay"] = torch.tensor(0.9999)
+    source = saved(tmp_path / "sdxl.ckpt", {"state_dict": state, "global_step": 7, "epoch": 1})
+    with pytest.raises(errors.NotSafetensorsError, match="convert"):
+        load_unet(source, head_width=32)
+    found = converting.convert(source, tmp_path / "sdxl.safetensors")
+    assert (found.kind, found.left_behind) == ("model", 1)
+    read = load_unet(tmp_path / "sdxl.safetensors", head_width=32)
+    known = load_unet(unet, head_width=32)
+    for name, tensor in known.unet.state_dict().items():
+        assert torch.equal(read.unet.state_dict()[name], tensor)
+
+
+def _self_holding() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    values["state_dict"] = values
+    return values
+
+
+def _laughing() -> dict[str, Any]:
+    values: dict[str, Any] = {"ip_adapter.x": torch.ones(1)}
+    for _ in range(12):
+        values = {str(n): values for n in range(20)}
+    return values
+
+
+def _nested() -> Any:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "a dict that holds itself": _self_holding,
+    "a dict that holds itself in a name": lambda: {"ip_adapter": _self_holding()},
+    "dicts of dicts of dicts": _laughing,
+    "stride 0": lambda: {"ip_adapter.x": torch.ones(1).expand(10**6, 10**6)},
+    "overlapping strides": lambda: {
+        "ip_adapter.x": torch.ones(2000).as_strided((1000, 1000), (1, 1))
+    },
+    "sparse": lambda: {"ip_adapter.x": torch.eye(3).to_sparse()},
+    "sparse rows": lambda: {"ip_adapter.x": torch.eye(3).to_sparse_csr()},
+    "quantised": lambda: {
+        "ip_adapter.x": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    },
+    "meta": lambda: {"ip_adapter.x": torch.ones(3, device="meta")},
+    "nested": lambda: {"ip_adapter.x": _nested()},
+    "many views of one storage": lambda: {
+        f"ip_adapter.{n}": big for big in [torch.ones(10_000)] for n in range(50)
+    },
+    "a name that is no text": lambda: {"ip_adapter": {"\ud800": torch.ones(1)}},
+    "a key of a tuple": lambda: {("a", "b"): torch.ones(1)},
+    "a number of a thousand digits": lambda: {"config": {"face_tokens": 10**1000}},
+    "a set": lambda: {"ip_adapter.x": {1, 2}},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_pickles_are_named_at_once(name, zipped, tmp_path):
+    if name == "nested" and not zipped:
+        zipped = True  # torch writes it in no other way
+    source = saved(tmp_path / "odd.bin", ODD[name](), zipped)
+    started = time.perf_counter()
+    with pytest.raises(errors.FileError) as caught:
+        converting.convert(source, tmp_path / "o.safetensors", ALLOWED)
+    assert time.perf_counter() - started < 20
+    assert len(str(caught.value)) < 6000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["odd.bin"]
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "not json", 7, {"clip_width": [1]}])
+def test_an_odd_configuration_of_a_pickle_is_named(config, adapter, tmp_path):
+    source = saved(tmp_path / "a.bin", complete(adapter, config=config))
+    with pytest.raises(errors.ConfigError):
+        converting.convert(source, tmp_path / "o.safetensors")
+
+
+def pickled(data: bytes, **members: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in {"a/data.pkl": data, **members}.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def tensor_code(shape: tuple[int, ...], stride: tuple[int, ...], elements: int) -> bytes:
+    """A pickle of one tensor with any claim, spelt out."""
+    numbers = [b"".join(b"\x8a\x08" + n.to_bytes(8, "little") for n in part) for part in
+               (shape, stride)]  # fmt: skip
+    return (
+        b"\x80\x02}X\x0c\0\0\0ip_adapter.xctorch._utils\n_rebuild_tensor_v2\n("
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu\x8a\x08"
+        + elements.to_bytes(8, "little") + b"tQK\0(" + numbers[0] + b"t(" + numbers[1]
+        + b"t\x89NtRs."
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickled(tensor_code((4,), (1,), 4), **{"a/data/0": bytes(12)}),
+        pickled(tensor_code((2**40,), (1,), 4), **{"a/data/0": bytes(16)}),
+        pickled(tensor_code((4,), (1,), 2**40), **{"a/data/0": bytes(16)}),
+        pickled(tensor_code((2**31, 2**31), (2**31, 1), 2**61), **{"a/data/0": bytes(16)}),
+        pickled(tensor_code((4,), (2**61,), 4), **{"a/data/0": bytes(16)}),
+        pickled(tensor_code((0,) * 9, (1,) * 9, 4), **{"a/data/0": bytes(16)}),
+        pickled(tensor_code((4,), (1,), 4)),
+        pickled(b"\x80\x02" + b"(" * 9_000_000 + b"."),
+        pickled(b"\x80\x02r\xff\xff\xff\x7f."),
+        pickled(b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"."),
+        pickled(b"\x80\x02cbuiltins\nexec\nX\x01\0\0\x001\x85R."),
+        pickled(b"\x80\x02ccollections\nOrderedDict\n)R}(X\x01\0\0\0aK\1ubb."),
+        pickled(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x04\0\0\0callctorch\nSize\nsb."),
+        pickled(b"\x80\x02](K\1K\2eb."),
+        pickled(b"\x80\x02K\1K\2s."),
+        pickled(b"\x80\x02K\1K\2a."),
+        pickled(b""),
+        pickled(b"\x80\x02"),
+        b"\x80\x02" + b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b".",
+        b"\x80\x02K\1.",
+        b"\x80\x04X\xff\xff\xff\x7f",
+        b"PK\x03\x04" + bytes(200),
+    ],
+)
+def test_pickles_of_bytes_that_no_honest_writer_makes(data, tmp_path):
+    source = tmp_path / "x.bin"
+    source.write_bytes(data)
+    started = time.perf_counter()
+    with pytest.raises(errors.FileError):
+        converting.convert(source, tmp_path / "o.safetensors", ALLOWED)
+    assert time.perf_counter() - started < 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin"]
+
+
+def test_the_spelt_tensor_is_read_where_it_is_sound(tmp_path):
+    """Without this, the claims above could fail for any reason."""
+    source = tmp_path / "x.bin"
+    source.write_bytes(
+        pickled(tensor_code((2, 2), (2, 1), 4), **{"a/data/0": struct.pack("<4f", 1, 2, 3, 4)})
+    )
+    found = converting.convert(source, tmp_path / "o.safetensors")
+    assert found.kind == "ip-adapter"
+    assert load_file(tmp_path / "o.safetensors")["ip_adapter.x"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_compressed_archive_is_not_unpacked(adapter, tmp_path):
+    source, output = tmp_path / "z.bin", tmp_path / "o.safetensors"
+    saved(source, complete(adapter))
+    with zipfile.ZipFile(source) as archive:
+        members = {m.filename: archive.read(m) for m in archive.infolist()}
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        archive.writestr("archive/data/99", bytes(2**28))
+    with pytest.raises(UnsafePickleError):
+        converting.convert(source, output)
+
+
+CONVERT = """
+import resource, sys
+sys.path.append(sys.argv[1])
+from pathlib import Path
+from trainer import convert
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = convert.convert(Path(sys.argv[2]), Path(sys.argv[3]))
+print(found.kind, len(found.tensors), found.left_behind)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="measures memory")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory_is_that_of_one_tensor(zipped, tmp_path):
+    state = {f"input_blocks.{n}.weight": torch.full((2**22,), float(n)) for n in range(16)}
+    saved(tmp_path / "m.ckpt", {"state_dict": state}, zipped)  # 268 MB
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(Path(__file__).parents[2]), str(tmp_path / "m.ckpt"),
+         str(tmp_path / "o.safetensors")],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    said, grown = done.stdout.splitlines()
+    assert said == "model 16 0"
+    assert int(grown) < 120_000  # kB on Linux (bytes on macOS, where this asks for less)
+
+
+def test_what_the_system_refuses_while_converting_is_named(adapter, tmp_path, monkeypatch, capsys):
+    source = saved(tmp_path / "a.bin", complete(adapter))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(errors.NotWrittenError):
+        converting.convert(source, tmp_path / "file" / "deep" / "o.safetensors")
+    converting.convert(source, tmp_path / "new" / "deep" / "o.safetensors")  # folders are made
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["convert", str(source), str(tmp_path / "o.safetensors")]) == 1
+    assert "DiskFullError" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert cli.main(["convert", str(source), str(tmp_path / "o.safetensors")]) == 1
+    assert "UnreadableError" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "file", "new"]
 
 
 # --- inspect ---------------------------------------------------------------------------------
