@@ -36,6 +36,7 @@ def shown(value: object) -> str:
 
 
 MAX_PROBLEM = 4000  # characters
+MAX_PATH = 1000  # characters of it that a message shows
 
 
 class FileError(InfiniteIDError):
@@ -44,7 +45,7 @@ class FileError(InfiniteIDError):
     def __init__(self, path: str | Path, problem: str) -> None:
         if len(problem) > MAX_PROBLEM:  # names and values out of a hostile file can be megabytes
             problem = f"{problem[:MAX_PROBLEM]} [...]"
-        super().__init__(f"{str(path)[:MAX_PROBLEM]}: {problem}")
+        super().__init__(f"{str(path)[:MAX_PATH]}: {problem}")
         self.path = Path(path)
         self.problem = problem
 

@@ -26,7 +26,7 @@ from .workflow_api import to_api
 
 PACK_FOLDER = "infinite-id"
 _NOT_COPIED = (".git", ".venv*", "output", "runs")  # at the top of the repository
-_READY_TIMEOUT = 180.0  # seconds; a cold disk and a slow machine included
+_READY_TIMEOUT = 480.0  # seconds; seven on an idle machine, minutes on a very busy one
 _STOP_TIMEOUT = 15.0
 
 Event = tuple[str, dict[str, Any]]
@@ -303,8 +303,9 @@ class ComfyServer:
                 on_wait(waited)
             time.sleep(0.4)
         raise ServerDied(
-            f"ComfyUI did not answer on {self.url} in {timeout:.0f} s. The end of its log:\n"
-            + self.log_tail()
+            f"ComfyUI is running and did not answer on {self.url} in {timeout:.0f} s. On a busy "
+            "machine, run again when it is quieter; else the end of its log tells what it waits "
+            "for:\n" + self.log_tail()
         )
 
     def _check_alive(self, when: str) -> None:
