@@ -111,9 +111,9 @@ def test_texts_are_shown_on_their_nodes(page: Page) -> None:
     page.queue()
     for _ in range(2):
         look_at(page, "InfiniteIDSaveIdentity")
-        page.until(says("Saved page text.safetensors"), seconds=20)
+        page.until(says("Saved page text.safetensors"))
         look_at(page, "InfiniteIDScore")
-        page.until(says("M_face by microworld/rec"), seconds=20)
+        page.until(says("M_face by microworld/rec"))
         page.queue()  # all of it is cached now
     # What is shown is no part of the workflow, nor of the prompt: else nothing would stay cached.
     script = "window.app.graphToPrompt().then(made => JSON.stringify(made))"
@@ -131,10 +131,10 @@ def test_the_numbered_preview_is_shown_where_the_node_fails(
     page.queue()
     look_at(page, "InfiniteIDAlignFace")
     node = "window.app.graph._nodes.find(node => node.type === 'InfiniteIDAlignFace')"
-    page.until(f"(window.app.nodeOutputs[{node}.id]?.images ?? []).length === 1", seconds=20)
+    page.until(f"(window.app.nodeOutputs[{node}.id]?.images ?? []).length === 1")
     # One renderer draws on the canvas, the other has elements.
     drawn = f"({node}.imgs ?? []).some(image => image.naturalWidth > 100)"
-    page.until(f"({drawn}) || {visible('[data-node-id] img', 'e.naturalWidth > 100')}", seconds=20)
+    page.until(f"({drawn}) || {visible('[data-node-id] img', 'e.naturalWidth > 100')}")
     last = max(served.get("/history").values(), key=lambda entry: entry["prompt"][0])
     (failed,) = [data for kind, data in last["status"]["messages"] if kind == "execution_error"]
     assert failed["exception_type"].endswith("FaceIndexError")
