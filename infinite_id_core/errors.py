@@ -35,6 +35,15 @@ def shown(value: object) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 
+def printable(text: str) -> str:
+    """Text with what no terminal should get (control characters, half letters) spelt out."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 MAX_PROBLEM = 4000  # characters
 MAX_PATH = 1000  # characters of it that a message shows
 
@@ -45,6 +54,7 @@ class FileError(InfiniteIDError):
     def __init__(self, path: str | Path, problem: str) -> None:
         if len(problem) > MAX_PROBLEM:  # names and values out of a hostile file can be megabytes
             problem = f"{problem[:MAX_PROBLEM]} [...]"
+        problem = printable(problem)  # and can move a terminal's cursor
         super().__init__(f"{str(path)[:MAX_PATH]}: {problem}")
         self.path = Path(path)
         self.problem = problem

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .errors import (
     DiskFullError,
+    FileError,
     FileMissingError,
     FileTooLargeError,
     NotWrittenError,
@@ -101,6 +102,16 @@ def writing(path: str | Path) -> Iterator[None]:
             f"could not be written ({_words(error)}{_other(path, error)}). A file that was there "
             "before is unchanged. Check the permissions of the folder, or choose another.",
         ) from error
+
+
+def named(error: OSError) -> FileError:
+    """A system's error that met nobody who knew the file, by the name the system gives."""
+    where = error.filename if isinstance(error.filename, str) and error.filename else "a file"
+    if error.errno in _FULL:
+        return DiskFullError(where, f"the disk is full ({_words(error)}). Free some space.")
+    if error.errno in _ABSENT:
+        return FileMissingError(where, f"no such file ({_words(error)}).")
+    return UnreadableError(where, f"cannot be used ({_words(error)}). {_PERMIT}")
 
 
 _PERMIT = "Check that it is there, whole, and that you are allowed to read it."

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from infinite_id_core.errors import InfiniteIDError
+from infinite_id_core.system_files import named
 
 # Command -> module with main(argv) -> exit status, and what it is for.
 COMMANDS = {
@@ -16,7 +17,7 @@ COMMANDS = {
     "generate": ("trainer.generate", "pictures of a person, without ComfyUI"),
     "evaluate": ("trainer.evaluate", "likeness and prompt scores of pictures"),
     "inspect": ("trainer.inspect", "what a file holds, and whether it is sound"),
-    "convert": ("trainer.convert", "a pickled adapter or identity to safetensors"),
+    "convert": ("trainer.convert", "a pickled adapter, identity or model to safetensors"),
 }
 
 
@@ -38,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except InfiniteIDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of a file that nothing has named: an answer, not a traceback
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        told = named(error)
+        print(f"{type(told).__name__}: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tarfile
+import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,26 @@ import numpy as np
 from infinite_id_core.checkpoint import (
     ADAPTER_FORMAT,
     IDENTITY_FORMAT,
-    Header,
     read_adapter,
-    read_header,
     read_identity,
 )
-from infinite_id_core.errors import FileError
+from infinite_id_core.errors import FileError, UnknownFileError, printable
+from infinite_id_core.pickles import StoredTensor, open_pickle
+from infinite_id_core.safetensors_file import (
+    PICKLES,
+    Header,
+    json_object,
+    open_safetensors,
+    read_header,
+)
 from infinite_id_core.system_files import open_regular, reading
 
-from .errors import UnknownFileError
+from .prepare.tars import Member, TarError, read_members
+from .training.state import STATE
 
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_MAX_RECORD = 2**24  # bytes of one sample's JSON
+_MAX_ENTRIES = 2**20
+_SHOWN = 20  # problems of one kind
 
 
 @dataclass(kw_only=True)
@@ -54,7 +65,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     values = parser.parse_args(argv)
     findings = inspect_file(values.file, verify=values.verify)
-    print(json.dumps(vars(findings), indent=1) if values.json else _as_text(values.file, findings))
+    text = (
+        json.dumps(vars(findings), indent=1, default=str)
+        if values.json
+        else _as_text(values.file, findings)
+    )
+    encoding = sys.stdout.encoding or "utf-8"  # not every console has every letter
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 1 if findings.problems else 0
 
 
@@ -72,7 +89,7 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
             return _index(path.parent, verify)
         if start[257:262] == b"ustar":
             return _shard(path)
-        if start.startswith(_PICKLES):
+        if start.startswith(PICKLES):
             return _pickle(path)
         if start[8:9] == b"{":
             return _safetensors(path)
@@ -91,21 +108,68 @@ def _guess(start: bytes) -> str:
 def _folder(path: Path, verify: bool) -> Findings:
     from .data_index import INDEX
 
-    if (path / INDEX).is_file():
-        return _index(path, verify)
-    files = sorted(path.rglob("*.safetensors"))
+    with reading(path):
+        if (path / INDEX).is_file():
+            return _index(path, verify)
+        files = sorted([*path.rglob("*.safetensors"), *path.rglob(STATE)])
     if not files:
         raise UnknownFileError(path, f"holds neither {INDEX} nor a .safetensors file.")
     findings = Findings(kind="folder", facts={"files": len(files)})
     rows: list[tuple[Any, ...]] = [("file", "kind", "tensors", "parameters")]
     for file in files:
-        found = inspect_file(file)
         name = file.relative_to(path).as_posix()
+        try:
+            found = _state(file) if file.name == STATE else inspect_file(file)
+        except FileError as error:
+            found = Findings(kind="unreadable", problems=[error.problem])
         facts = found.facts
         rows.append((name, found.kind, facts.get("tensors", ""), facts.get("parameters", "")))
         findings.problems += [f"{name}: {problem}" for problem in found.problems]
     findings.tables["files"] = rows
     return findings
+
+
+def _state(path: Path) -> Findings:
+    """A checkpoint's optimiser: its numbers, read by the reader that can call nothing."""
+    findings = Findings(kind="training state")
+    with open_pickle(path) as values:
+        tensors = _tensors_of(path, values)
+        wrong = [
+            name
+            for name, stored in tensors
+            if stored.dtype.is_floating_point and not bool(stored.read().isfinite().all())
+        ]
+    findings.facts = {
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(stored.shape) for _, stored in tensors),
+    }
+    findings.problems += _not_finite(wrong)
+    return findings
+
+
+def _tensors_of(path: Path, values: Any) -> list[tuple[str, StoredTensor]]:
+    """All tensors of nested dictionaries and lists, with their places."""
+    found: list[tuple[str, StoredTensor]] = []
+    waiting: list[tuple[str, Any]] = [("", values)]
+    seen = 0
+    while waiting:
+        name, value = waiting.pop()
+        seen += 1
+        if seen > _MAX_ENTRIES:  # containers that hold one another have no end
+            raise UnknownFileError(path, f"has more than {_MAX_ENTRIES} entries.")
+        if isinstance(value, StoredTensor):
+            found.append((name, value))
+        elif isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}"[-200:], entry) for key, entry in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{name}.{i}"[-200:], entry) for i, entry in enumerate(value)]
+    return found
+
+
+def _not_finite(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} tensors hold NaN or infinity, e.g. {', '.join(names[:3])}."]
 
 
 # --- tensors ---------------------------------------------------------------------------------
@@ -123,7 +187,22 @@ def _safetensors(path: Path) -> Findings:
     findings = Findings(kind="ip-adapter" if ip_adapter else "safetensors")
     findings.facts = {**_sizes(header), "metadata": dict(header.metadata) or "none"}
     findings.tables["tensors"] = _by_prefix(header)
+    findings.problems += _numbers(path)
     return findings
+
+
+def _numbers(path: Path) -> list[str]:
+    """What is wrong with the numbers of a file; read in pieces."""
+    problems, wrong = [], []
+    with open_safetensors(path) as file:
+        for name in file.header.tensors:
+            try:
+                if not file.finite(name):
+                    wrong.append(name)
+            except FileError as error:
+                problems.append(error.problem)
+    more = len(problems) - _SHOWN
+    return [*problems[:_SHOWN], *([f"and {more} more."] if more > 0 else []), *_not_finite(wrong)]
 
 
 def _adapter(path: Path, header: Header) -> Findings:
@@ -142,9 +221,8 @@ def _adapter(path: Path, header: Header) -> Findings:
 
 def _identity(path: Path, header: Header) -> Findings:
     findings = Findings(kind="identity", facts={**_facts(header)})
-    _read_back(findings, read_identity, path)
-    if not findings.problems:
-        identity = read_identity(path)
+    identity = _read_back(findings, read_identity, path)
+    if identity is not None:
         lengths = identity.face.norm(dim=1)
         findings.facts["references"] = identity.references
         findings.facts["image encoder width"] = identity.clip_width
@@ -155,12 +233,13 @@ def _identity(path: Path, header: Header) -> Findings:
     return findings
 
 
-def _read_back(findings: Findings, read: Any, path: Path) -> None:
+def _read_back(findings: Findings, read: Any, path: Path) -> Any:
     """The full check: shapes, types, finite values."""
     try:
-        read(path)
+        return read(path)
     except FileError as error:
         findings.problems.append(f"{type(error).__name__}: {error.problem}")
+        return None
 
 
 def _facts(header: Header) -> dict[str, Any]:
@@ -170,7 +249,7 @@ def _facts(header: Header) -> dict[str, Any]:
         **_sizes(header),
     }
     try:
-        config = json.loads(header.metadata.get("config", "{}"))
+        config = json_object(header.metadata.get("config", "{}"))
         facts |= {f"config: {name}": value for name, value in sorted(config.items())}
     except (ValueError, AttributeError):
         facts["config"] = "unreadable"
@@ -263,33 +342,52 @@ def _index(folder: Path, verify: bool) -> Findings:
 def _shard(path: Path) -> Findings:
     """A tar of samples: are they whole, and are people contiguous?"""
     findings = Findings(kind="shard")
-    samples: Counter[str] = Counter()
-    order: list[str] = []
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                key, _, extension = member.name.partition(".")
-                samples[extension] += 1
+    extensions: Counter[str] = Counter()
+    people: list[str] = []
+    with reading(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            for member in read_members(file, size):
+                if member.kind != "file":
+                    extensions[f"({member.kind})"] += 1
+                    continue
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                extensions[extension] += 1
                 if extension == "json":
-                    file = archive.extractfile(member)
-                    record = json.loads(file.read()) if file else {}
-                    order.append(str(record.get("identity", key)))
-            if path.stat().st_size < archive.offset + tarfile.BLOCKSIZE:
-                findings.problems.append("it has no end-of-archive marker: it was cut.")
-    except (tarfile.TarError, ValueError, OSError) as error:
-        findings.problems.append(f"it is damaged after {len(order)} samples ({error}).")
-    changes = 1 + sum(a != b for a, b in zip(order, order[1:], strict=False)) if order else 0
+                    person, problem = _person(file, member, key)
+                    people.append(person)
+                    findings.problems += [f"{member.name[:200]}: {problem}"] if problem else []
+        except TarError as error:
+            findings.problems.append(f"it is damaged after {len(people)} samples ({error}).")
+    more = len(findings.problems) - _SHOWN
+    if more > 0:
+        findings.problems[_SHOWN:] = [f"and {more} more."]
+    changes = 1 + sum(a != b for a, b in zip(people, people[1:], strict=False)) if people else 0
     findings.facts = {
-        "samples": len(order),
-        "people": len(set(order)),
-        "megabytes": round(path.stat().st_size / 2**20, 2),
+        "samples": len(people),
+        "people": len(set(people)),
+        "megabytes": round(size / 2**20, 2),
     }
-    findings.tables["members"] = [("extension", "count"), *sorted(samples.items())]
-    if changes > len(set(order)):
+    findings.tables["members"] = [("extension", "count"), *sorted(extensions.items())]
+    if changes > len(set(people)):
         findings.problems.append("its people are not contiguous: some photos stand apart.")
-    if samples["face.npy"] not in (0, len(order)):
-        findings.problems.append(f"{samples['face.npy']} embeddings for {len(order)} samples.")
+    if extensions["face.npy"] not in (0, len(people)):
+        findings.problems.append(f"{extensions['face.npy']} embeddings for {len(people)} samples.")
     return findings
+
+
+def _person(file: BufferedReader, member: Member, key: str) -> tuple[str, str]:
+    """Whose photo a sample's record says it is, and what is wrong with the record."""
+    if member.size > _MAX_RECORD:
+        return key, f"has {member.size} bytes; expected a record of at most {_MAX_RECORD}."
+    file.seek(member.offset)
+    try:
+        record = json.loads(file.read(member.size))
+    except (ValueError, RecursionError) as error:
+        return key, f"is not JSON ({str(error)[:200]})."
+    if not isinstance(record, dict):
+        return key, f"is {type(record).__name__}; expected an object."
+    return str(record.get("identity", key)), ""
 
 
 # --- text ------------------------------------------------------------------------------------
@@ -298,7 +396,9 @@ def _shard(path: Path) -> Findings:
 def _as_text(path: Path, findings: Findings) -> str:
     lines = [f"{path}: {findings.kind}"]
     width = max((len(name) for name in findings.facts), default=0)
-    lines += [f"  {name:{width}}  {_value(value)}" for name, value in findings.facts.items()]
+    lines += [
+        f"  {printable(name):{width}}  {_value(value)}" for name, value in findings.facts.items()
+    ]
     for title, rows in findings.tables.items():
         lines += ["", f"{title}:"]
         texts = [[_value(cell) for cell in row] for row in rows]
@@ -308,9 +408,10 @@ def _as_text(path: Path, findings: Findings) -> str:
                 zip(row, widths, strict=True)))  # fmt: skip
             lines.append("  " + "  ".join(cells))
     lines += ["", "health: " + ("sound" if not findings.problems else "PROBLEMS")]
-    lines += [f"  - {problem}" for problem in findings.problems]
+    lines += [f"  - {printable(problem)}" for problem in findings.problems]
     return "\n".join(lines)
 
 
 def _value(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if whole else printable(str(value))
