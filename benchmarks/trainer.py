@@ -155,9 +155,9 @@ def run_fill(values: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from trainer.data_index import Dataset
-    from trainer.training.features import compute_missing, fingerprints_of
-    from trainer.training.log import no_bar
-    from trainer.training.samples import Caches, Keys, Plan
+    from trainer.train.features import compute_missing, fingerprints_of
+    from trainer.train.log import no_bar
+    from trainer.train.samples import Caches, Keys, Plan
 
     config = settings(values, "fill")
     plan = Plan(config, Dataset(config.data.folder, config.filters, "train"), 1)
@@ -170,7 +170,7 @@ def run_fill(values: argparse.Namespace) -> dict[str, float]:
 
 def run_ours(values: argparse.Namespace) -> dict[str, float]:
     """``python -m trainer train``, caches filled; every run starts anew."""
-    from trainer.training.loop import train
+    from trainer.train.loop import train
 
     clock = StepClock()
     outcome = train(settings(values, f"ours-{os.getpid()}"))
@@ -184,15 +184,15 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from accelerate import Accelerator
     from torch.nn.functional import mse_loss
 
-    from infinite_id_core.encoders import hidden_states
-    from infinite_id_core.host_diffusers import identity_training
+    from infinite_id_core.encoders.encoders import hidden_states
+    from infinite_id_core.hosts.diffusers_unet import identity_training
     from trainer.data_index import Dataset
-    from trainer.text import TOKENS, load_text_encoders
-    from trainer.training.checks import adapter_config
-    from trainer.training.features import load_clip_vision
-    from trainer.training.loop import build_optimiser, new_adapter, prepare_unet
-    from trainer.training.objective import TrainingModel
-    from trainer.vae import load_vae
+    from trainer.models.text import TOKENS, load_text_encoders
+    from trainer.models.vae import load_vae
+    from trainer.train.checks import adapter_config
+    from trainer.train.features import load_clip_vision
+    from trainer.train.loop import build_optimiser, new_adapter, prepare_unet
+    from trainer.train.objective import TrainingModel
 
     config = settings(values, "plain")
     accelerator = Accelerator(cpu=True)
@@ -318,10 +318,10 @@ def run_count(_values: argparse.Namespace) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from infinite_id_core.adapter import Adapter, AdapterConfig
-    from infinite_id_core.host_diffusers import unet_layers
-    from trainer.text import TOKENS
-    from trainer.training.estimate import measure_pass
+    from infinite_id_core.hosts.diffusers_unet import unet_layers
+    from infinite_id_core.method.adapter import Adapter, AdapterConfig
+    from trainer.models.text import TOKENS
+    from trainer.train.estimate import measure_pass
 
     side = 1024
     with torch.device("meta"):

@@ -79,9 +79,9 @@ def adapter_and_identity(model: Any, device: Any, dtype: Any) -> tuple[Any, Any]
     import comfy.ops
     import torch
 
-    from infinite_id_core.adapter import Adapter, AdapterConfig
-    from infinite_id_core.host_comfyui import LoadedAdapter, model_layers
-    from infinite_id_core.identity import Identity, IdentityConfig
+    from infinite_id_core.hosts.comfyui import LoadedAdapter, model_layers
+    from infinite_id_core.method.adapter import Adapter, AdapterConfig
+    from infinite_id_core.method.identity import Identity, IdentityConfig
 
     config = AdapterConfig(
         clip_width=CLIP_WIDTH, context_width=2048, recogniser="bench", clip_model="bench"
@@ -106,7 +106,7 @@ def count(size: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from infinite_id_core.host_comfyui import Run, apply_identity, streams_of
+    from infinite_id_core.hosts.comfyui import Run, apply_identity, streams_of
 
     meta = torch.device("meta")
     model = sdxl(meta, torch.float16)
@@ -149,8 +149,8 @@ def clock(size: int, steps: int, pairs: int) -> None:
     import comfy.sample
     import torch
 
-    from infinite_id_core.attention import StreamOptions
-    from infinite_id_core.host_comfyui import apply_identity
+    from infinite_id_core.hosts.comfyui import apply_identity
+    from infinite_id_core.method.attention import StreamOptions
 
     place = comfy.model_management.get_torch_device()
     dtype = torch.float32 if place.type == "cpu" else torch.float16

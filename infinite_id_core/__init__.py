@@ -1,4 +1,4 @@
-"""The method of Infinite-ID (arXiv 2403.11781): attention, adapter, identity, files.
+"""The method of Infinite-ID (arXiv 2403.11781) and everything it needs.
 
-Nothing here imports ComfyUI or diffusers except ``host_comfyui`` and ``host_diffusers``.
+Only ``hosts`` imports ComfyUI or diffusers.
 """

@@ -67,3 +67,22 @@ def write_people(
             text = caption(attributes, rng, identity)
             (place / f"{number}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+def contact_sheet(people: int = 8, pictures: int = 10, seed: int = 0) -> Picture:
+    """People in rows: first a plain photo, then each in random scenes, style by style."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for person in range(people):
+        identity = Identity.from_seed(person)
+        row = [render(identity, Attributes(background=0, style=0, expression=0, accessory=0))]
+        for column in range(1, pictures):
+            drawn = Attributes(
+                background=int(rng.integers(8)),
+                style=(column - 1) // 2 % 4,
+                expression=int(rng.integers(3)),
+                accessory=int(rng.integers(4)),
+            )
+            row.append(render(identity, drawn, Nuisance.sample(rng)))
+        rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows, axis=0)

@@ -44,7 +44,7 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        from ..infinite_id_core.host_comfyui import load_adapter
+        from ..infinite_id_core.hosts.comfyui import load_adapter
 
         if file == EMBEDDED:
             return io.NodeOutput(embedded_adapter())

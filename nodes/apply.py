@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..infinite_id_core.attention import MAX_STRENGTH, MIXING, STYLE, TEXT_STREAM, StreamOptions
+from ..infinite_id_core.method.attention import (
+    MAX_STRENGTH,
+    MIXING,
+    STYLE,
+    TEXT_STREAM,
+    StreamOptions,
+)
 from .adapter import Adapter
 from .identity import IdentityType
 from .inputs import checked
@@ -102,7 +108,7 @@ class InfiniteIDApply(io.ComfyNode):
     def execute(
         cls, model, adapter, identity, strength, start_percent, end_percent, mask=None, **stream
     ) -> io.NodeOutput:
-        from ..infinite_id_core.host_comfyui import apply_identity
+        from ..infinite_id_core.hosts.comfyui import apply_identity
 
         patched = apply_identity(
             model,

@@ -9,7 +9,11 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ..infinite_id_core.encoders import OpenClipVision, build_open_clip, load_open_clip
+from ..infinite_id_core.encoders.encoders import (
+    OpenClipVision,
+    build_open_clip,
+    load_open_clip,
+)
 from ..microworld import files as micro_files
 
 

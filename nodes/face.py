@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..infinite_id_core import detail, face
 from ..infinite_id_core.errors import FaceError
+from ..infinite_id_core.faces import detail, face
 from ..microworld import files as micro_files
 from . import folders
 from .inputs import checked

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..infinite_id_core import checkpoint, encoders, store
+from ..infinite_id_core.encoders import encoders
 from ..infinite_id_core.errors import OptionError, shown
-from ..infinite_id_core.identity import CLIP_LAYER, EMBEDDING, interpolate, stack
+from ..infinite_id_core.files import checkpoint, store
+from ..infinite_id_core.method.identity import CLIP_LAYER, EMBEDDING, interpolate, stack
 from . import folders
 from .face import EMBEDDED, Faces
 from .inputs import checked

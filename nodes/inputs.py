@@ -74,25 +74,25 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_adapter(value: Any) -> bool:
-    from ..infinite_id_core.host_comfyui import LoadedAdapter
+    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
 
     return isinstance(value, LoadedAdapter)
 
 
 def _is_identity(value: Any) -> bool:
-    from ..infinite_id_core.identity import Identity
+    from ..infinite_id_core.method.identity import Identity
 
     return isinstance(value, Identity)
 
 
 def _is_faces(value: Any) -> bool:
-    from ..infinite_id_core.face import AlignedFace
+    from ..infinite_id_core.faces.face import AlignedFace
 
     return isinstance(value, tuple) and all(isinstance(one, AlignedFace) for one in value)
 
 
 def _is_region(value: Any) -> bool:
-    from ..infinite_id_core.detail import FaceRegion
+    from ..infinite_id_core.faces.detail import FaceRegion
 
     return isinstance(value, FaceRegion)
 

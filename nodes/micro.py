@@ -12,7 +12,7 @@ from .inputs import checked
 from .page import KEEPS_PREVIEW
 
 if TYPE_CHECKING:
-    from ..infinite_id_core.host_comfyui import LoadedAdapter
+    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
 
 
 class InfiniteIDMicroModel(io.ComfyNode):
@@ -89,9 +89,9 @@ def embedded_adapter() -> LoadedAdapter:
     """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
     import comfy.ops
 
-    from ..infinite_id_core.adapter import Adapter, AdapterConfig
-    from ..infinite_id_core.checkpoint import build_adapter
-    from ..infinite_id_core.host_comfyui import LoadedAdapter, load_adapter, model_layers
+    from ..infinite_id_core.files.checkpoint import build_adapter
+    from ..infinite_id_core.hosts.comfyui import LoadedAdapter, load_adapter, model_layers
+    from ..infinite_id_core.method.adapter import Adapter, AdapterConfig
 
     if files.ADAPTER.is_file():
         return load_adapter(files.ADAPTER)

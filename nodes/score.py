@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..infinite_id_core import score
+from ..infinite_id_core.scores import score
 from .face import FaceAnalysis
 from .identity import IdentityType
 from .inputs import checked

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from infinite_id_core.errors import InfiniteIDError
-from infinite_id_core.pictures import read_picture
+from infinite_id_core.files.pictures import read_picture
 
 from .comfy_live import ComfyLiveError, ComfyServer, ImageRef, Result
 from .strip import strip

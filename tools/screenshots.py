@@ -10,7 +10,7 @@ import sys
 
 from PIL import Image
 
-from infinite_id_core.pictures import read_picture
+from infinite_id_core.files.pictures import read_picture
 
 from .comfy_live import ComfyServer
 from .make_workflows import FOLDER, ROOT, WORKFLOWS

@@ -1,8 +1,8 @@
 """Runs the demo's workflow where there is no ComfyUI: its nodes as functions on diffusers.
 
 The arithmetic is the nodes' own: the same face models and image encoder, the same noise for a
-seed, and `infinite_id_core.host_diffusers`, whose parity with ComfyUI is tested. Only the node
-types of `workflows/one_face.micro.json` are known.
+seed, and `infinite_id_core.hosts.diffusers_unet`, whose parity with ComfyUI is tested. Only the
+node types of `workflows/one_face.micro.json` are known.
 
 A function's positional parameters are its node's sockets; the keyword-only ones are its widgets,
 in the page's order. That order is all it takes to read a workflow file without a server's help.
@@ -27,22 +27,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infinite_id_core.adapter import Adapter
-from infinite_id_core.attention import StreamOptions
-from infinite_id_core.encoders import EncodeOptions, OpenClipVision, embed, parse_weights
-from infinite_id_core.face import AlignedFace, FaceOptions, find_faces_in_batch, load_face_models
-from infinite_id_core.host_diffusers import AppliedIdentity, Prompt, SamplingOptions
-from infinite_id_core.host_diffusers import sample as sample_latents
-from infinite_id_core.identity import Identity
-from infinite_id_core.pictures import read_picture
-from infinite_id_core.schedule import SCHEDULER, NoiseSchedule
+from infinite_id_core.encoders.encoders import (
+    EncodeOptions,
+    OpenClipVision,
+    embed,
+    parse_weights,
+)
+from infinite_id_core.faces.face import (
+    AlignedFace,
+    FaceOptions,
+    find_faces_in_batch,
+    load_face_models,
+)
+from infinite_id_core.files.pictures import read_picture
+from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, SamplingOptions
+from infinite_id_core.hosts.diffusers_unet import sample as sample_latents
+from infinite_id_core.method.adapter import Adapter
+from infinite_id_core.method.attention import StreamOptions
+from infinite_id_core.method.identity import Identity
+from infinite_id_core.sdxl.schedule import SCHEDULER, NoiseSchedule
 from microworld import files
 from trainer.config import Encoder
 from trainer.generate import load_adapter
-from trainer.text import TextEncoders, load_text_encoders
-from trainer.training.features import load_clip_vision
-from trainer.unet import MICROWORLD, load_unet
-from trainer.vae import STRIDE, Autoencoder, load_vae
+from trainer.models.text import TextEncoders, load_text_encoders
+from trainer.models.unet import MICROWORLD, load_unet
+from trainer.models.vae import STRIDE, Autoencoder, load_vae
+from trainer.train.features import load_clip_vision
 
 from .comfy_live import ImageRef, Result
 from .workflow_api import UnknownNode, WorkflowError

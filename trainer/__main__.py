@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from infinite_id_core.errors import InfiniteIDError
-from infinite_id_core.system_files import named
+from infinite_id_core.files.system import named
 
 # Command -> module with main(argv) -> exit status, and what it is for.
 COMMANDS = {

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from infinite_id_core.attention import MIXING, STYLE, Mixing, StreamOptions, Style
 from infinite_id_core.errors import OptionError
-from infinite_id_core.face import DEFAULT_PADDING
-from infinite_id_core.identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
-from infinite_id_core.schedule import SCHEDULER, TIMESTEPS, Scheduler
+from infinite_id_core.faces.face import DEFAULT_PADDING
+from infinite_id_core.method.attention import MIXING, STYLE, Mixing, StreamOptions, Style
+from infinite_id_core.method.identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
+from infinite_id_core.sdxl.schedule import SCHEDULER, TIMESTEPS, Scheduler
 
 from .data_index import Filters
 from .errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError

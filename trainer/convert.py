@@ -17,15 +17,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from infinite_id_core.adapter import AdapterConfig
-from infinite_id_core.atomic import replacing
-from infinite_id_core.checkpoint import (
-    ADAPTER_FORMAT,
-    IDENTITY_FORMAT,
-    VERSION,
-    read_adapter,
-    read_identity,
-)
 from infinite_id_core.errors import (
     ConfigError,
     FileError,
@@ -33,10 +24,19 @@ from infinite_id_core.errors import (
     NotWrittenError,
     OptionError,
 )
-from infinite_id_core.identity import IdentityConfig
-from infinite_id_core.pickles import StoredTensor, open_pickle
-from infinite_id_core.safetensors_file import json_object, save_tensors
-from infinite_id_core.system_files import writing
+from infinite_id_core.files.atomic import replacing
+from infinite_id_core.files.checkpoint import (
+    ADAPTER_FORMAT,
+    IDENTITY_FORMAT,
+    VERSION,
+    read_adapter,
+    read_identity,
+)
+from infinite_id_core.files.pickles import StoredTensor, open_pickle
+from infinite_id_core.files.safetensors_file import json_object, save_tensors
+from infinite_id_core.files.system import writing
+from infinite_id_core.method.adapter import AdapterConfig
+from infinite_id_core.method.identity import IdentityConfig
 
 Kind = Literal["adapter", "identity", "ip-adapter", "model"]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "identity")

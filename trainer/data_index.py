@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infinite_id_core.errors import FileMissingError, NewerVersionError, OptionError
-from infinite_id_core.system_files import open_regular, reading
+from infinite_id_core.files.system import open_regular, reading
 
 from .errors import DatasetError, FilterError
 from .shards import Embedding, ShardReader, decode_photo, is_shard_name

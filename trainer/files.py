@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from infinite_id_core.errors import WrongFormatError
-from infinite_id_core.system_files import open_regular, read_bytes, reading
+from infinite_id_core.files.system import open_regular, read_bytes, reading
 
 from .errors import BusyError, UnreadableError, disk_errors
 

@@ -19,30 +19,30 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
-from infinite_id_core.checkpoint import read_adapter, read_identity, replacing
-from infinite_id_core.encoders import EncodeOptions, embed
+from infinite_id_core.encoders.encoders import EncodeOptions, embed
 from infinite_id_core.errors import OptionError
-from infinite_id_core.face import FaceOptions, find_faces, load_face_models
-from infinite_id_core.host_diffusers import (
+from infinite_id_core.faces.face import FaceOptions, find_faces, load_face_models
+from infinite_id_core.files.checkpoint import read_adapter, read_identity, replacing
+from infinite_id_core.hosts.diffusers_unet import (
     AppliedIdentity,
     Prompt,
     SamplingOptions,
     sample,
     unet_layers,
 )
-from infinite_id_core.identity import Identity
-from infinite_id_core.schedule import SCHEDULER
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
+from infinite_id_core.method.identity import Identity
+from infinite_id_core.sdxl.schedule import SCHEDULER
 
 from .config import Encoder
 from .errors import ReferencePhotoError
+from .models.text import load_text_encoders
+from .models.unet import HEAD_WIDTH, MICROWORLD, load_unet
+from .models.vae import STRIDE, load_vae
 from .prepare.photo import PhotoError, read_pixels
 from .prompts import PromptFile, read_prompts, write_prompts
-from .text import load_text_encoders
-from .training.features import load_clip_vision
-from .unet import HEAD_WIDTH, MICROWORLD, load_unet
-from .vae import STRIDE, load_vae
+from .train.features import load_clip_vision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,25 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from infinite_id_core.checkpoint import (
+from infinite_id_core.errors import FileError, UnknownFileError, printable
+from infinite_id_core.files.checkpoint import (
     ADAPTER_FORMAT,
     IDENTITY_FORMAT,
     read_adapter,
     read_identity,
 )
-from infinite_id_core.errors import FileError, UnknownFileError, printable
-from infinite_id_core.pickles import StoredTensor, open_pickle
-from infinite_id_core.safetensors_file import (
+from infinite_id_core.files.pickles import StoredTensor, open_pickle
+from infinite_id_core.files.safetensors_file import (
     PICKLES,
     Header,
     json_object,
     open_safetensors,
     read_header,
 )
-from infinite_id_core.system_files import open_regular, reading
+from infinite_id_core.files.system import open_regular, reading
 
 from .prepare.tars import Member, TarError, read_members
-from .training.state import STATE
+from .train.state import STATE
 
 _MAX_RECORD = 2**24  # bytes of one sample's JSON
 _MAX_ENTRIES = 2**20

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from infinite_id_core.errors import FaceModelError
-from infinite_id_core.face import detect_faces, load_face_models, read_face
+from infinite_id_core.faces.face import detect_faces, load_face_models, read_face
 
 
 class Recogniser(Protocol):

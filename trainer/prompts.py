@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from infinite_id_core.atomic import replacing
 from infinite_id_core.errors import ModelMismatchError, WrongFormatError, WrongShapeError
-from infinite_id_core.host_diffusers import Prompt
-from infinite_id_core.safetensors_file import json_object, open_safetensors, save_tensors
-from infinite_id_core.system_files import writing
+from infinite_id_core.files.atomic import replacing
+from infinite_id_core.files.safetensors_file import json_object, open_safetensors, save_tensors
+from infinite_id_core.files.system import writing
+from infinite_id_core.hosts.diffusers_unet import Prompt
 
 FORMAT = "infinite-id-prompts"
 

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infinite_id_core.errors import FileMissingError
-from infinite_id_core.identity import FACE_WIDTH
-from infinite_id_core.pictures import read_picture, to_rgb
-from infinite_id_core.system_files import open_regular, reading
+from infinite_id_core.files.pictures import read_picture, to_rgb
+from infinite_id_core.files.system import open_regular, reading
+from infinite_id_core.method.identity import FACE_WIDTH
 
 from .errors import DatasetError, ShardDamagedError
 

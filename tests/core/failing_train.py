@@ -25,7 +25,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     from trainer.__main__ import main as trainer
-    from trainer.training.objective import Objective
+    from trainer.train.objective import Objective
 
     losses, calls = Objective.losses, [0]
 

@@ -42,8 +42,8 @@ import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from infinite_id_core import checkpoint  # noqa: E402
 from infinite_id_core.errors import InfiniteIDError  # noqa: E402
+from infinite_id_core.files import checkpoint  # noqa: E402
 from trainer import data_index, inspect  # noqa: E402
 from trainer.convert import convert  # noqa: E402
 from trainer.data_index import INDEX, Dataset, DatasetInfo, Filters  # noqa: E402

@@ -21,9 +21,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from infinite_id_core import checkpoint, errors  # noqa: E402
-from infinite_id_core.adapter import Adapter, AdapterConfig  # noqa: E402
-from infinite_id_core.identity import Identity, IdentityConfig  # noqa: E402
+from infinite_id_core import errors  # noqa: E402
+from infinite_id_core.files import checkpoint  # noqa: E402
+from infinite_id_core.method.adapter import Adapter, AdapterConfig  # noqa: E402
+from infinite_id_core.method.identity import Identity, IdentityConfig  # noqa: E402
 
 CONFIG = AdapterConfig(clip_width=64, context_width=64, recogniser="r", clip_model="c")
 ROUNDS = 8

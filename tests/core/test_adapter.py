@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from infinite_id_core.adapter import (
-    Adapter,
-    AdapterConfig,
-    check_identity,
-    check_layers,
-    finite_tokens,
-)
 from infinite_id_core.errors import (
     FeatureError,
     IdentityMismatchError,
     ModelMismatchError,
     OptionError,
 )
-from infinite_id_core.identity import Identity, IdentityConfig
-from infinite_id_core.layers import CrossAttentionLayer, layers_from_ldm
+from infinite_id_core.method.adapter import (
+    Adapter,
+    AdapterConfig,
+    check_identity,
+    check_layers,
+    finite_tokens,
+)
+from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.sdxl.layers import CrossAttentionLayer, layers_from_ldm
 
 from .test_layers import SDXL, ldm
 

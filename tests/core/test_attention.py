@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from infinite_id_core import attention as core
-from infinite_id_core.attention import IdentityTerm, StreamOptions
 from infinite_id_core.errors import OptionError
+from infinite_id_core.method import attention as core
+from infinite_id_core.method.attention import IdentityTerm, StreamOptions
 
 HEADS, B, N, M, TEXT, C = 2, 2, 5, 4, 3, 6
 Rows = list[list[list[float]]]

@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from infinite_id_core import checkpoint, errors, safetensors_file
-from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.identity import Identity, IdentityConfig
-from infinite_id_core.safetensors_file import SafetensorsFile, open_safetensors, save_tensors
+from infinite_id_core import errors
+from infinite_id_core.files import checkpoint, safetensors_file
+from infinite_id_core.files.safetensors_file import SafetensorsFile, open_safetensors, save_tensors
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.identity import Identity, IdentityConfig
 
 from . import hostile_files
 
@@ -121,7 +122,8 @@ def test_truncated_at_every_boundary(kind, tmp_path):
 MEMORY = """
 import resource, sys
 sys.path.append(sys.argv[1])
-from infinite_id_core import checkpoint, errors
+from infinite_id_core.files import checkpoint
+from infinite_id_core import errors
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     checkpoint.read_identity(sys.argv[2])

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infinite_id_core import clip_text, encoders, errors
+from infinite_id_core import errors
+from infinite_id_core.encoders import clip_text, encoders
 from microworld.config import OPEN_CLIP
 from trainer.config import Encoder
-from trainer.training.features import check_clip_vision, load_clip_vision
+from trainer.train.features import check_clip_vision, load_clip_vision
 
 NAME = "tiny-of-two-names"
 TEXTS = ["a photo of a person", "a red hat"]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infinite_id_core import clip_text, encoders, errors, metrics
+from infinite_id_core import errors
+from infinite_id_core.encoders import clip_text, encoders
+from infinite_id_core.scores import metrics
 from microworld.config import OPEN_CLIP
 
 TEXTS = ["a photo of a person", "a sketch of someone, smiling, at the beach", ""]

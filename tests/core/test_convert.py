@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infinite_id_core import checkpoint, errors
-from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.identity import Identity, IdentityConfig
+from infinite_id_core import errors
+from infinite_id_core.files import checkpoint
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.identity import Identity, IdentityConfig
 from trainer import __main__ as cli
 from trainer import convert as converting
 from trainer.errors import (
@@ -223,7 +224,7 @@ def test_both_containers_give_what_torch_gives(zipped, tmp_path):
 
 
 def test_a_checkpoint_in_a_pickle_becomes_one_that_training_reads(tmp_path):
-    from trainer.unet import load_unet
+    from trainer.models.unet import load_unet
 
     from . import train_world
 

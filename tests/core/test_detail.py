@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from infinite_id_core import detail, errors
-from infinite_id_core.face import DetectedFace, FaceOptions, FoundFaces
+from infinite_id_core import errors
+from infinite_id_core.faces import detail
+from infinite_id_core.faces.face import DetectedFace, FaceOptions, FoundFaces
 
 
 def detected(x0: float, y0: float, x1: float, y1: float) -> DetectedFace:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infinite_id_core import encoders, errors
-from infinite_id_core.face import AlignedFace, DetectedFace
+from infinite_id_core import errors
+from infinite_id_core.encoders import encoders
+from infinite_id_core.faces.face import AlignedFace, DetectedFace
 from microworld.config import OPEN_CLIP
 
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from infinite_id_core import errors
-from infinite_id_core.cells import csv_cell, from_csv_cell
-from infinite_id_core.metrics import BootstrapOptions
-from infinite_id_core.score import PackReader, ReadFace
+from infinite_id_core.files.cells import csv_cell, from_csv_cell
+from infinite_id_core.scores.metrics import BootstrapOptions
+from infinite_id_core.scores.score import PackReader, ReadFace
 from microworld import files
 from microworld.portraits import HELD_OUT_SEEDS, Attributes, Nuisance, render
 from microworld.portraits import Identity as Person
@@ -430,7 +430,7 @@ def test_an_onnx_recogniser_agrees_with_insightfaces_own_reading():
 
 
 def test_the_microworlds_scorer_is_the_one_of_its_scoring():
-    from microworld.scoring import SCORER
+    from lab.scoring import SCORER
 
     reader = backbones.face_reader("microworld")
     assert reader.name == ("weights/scorer" if SCORER.is_file() else "microworld/rec")

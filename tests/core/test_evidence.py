@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microworld import ablations, evidence
+from lab import ablations, evidence
 from microworld.portraits import STYLES, TRAIN_SEEDS, Attributes
 
 

@@ -18,7 +18,8 @@ from insightface.app.common import Face
 from insightface.utils import face_align
 from onnx import TensorProto, helper
 
-from infinite_id_core import errors, face, packages
+from infinite_id_core import errors, packages
+from infinite_id_core.faces import face
 
 TEMPLATE = face._TEMPLATE / 112
 RED = torch.tensor([1.0, 0.0, 0.0])

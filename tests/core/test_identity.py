@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from infinite_id_core.errors import IdentityMismatchError, OptionError
-from infinite_id_core.identity import (
+from infinite_id_core.method.identity import (
     Identity,
     IdentityConfig,
     average,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infinite_id_core import checkpoint, errors
-from infinite_id_core.adapter import Adapter, AdapterConfig
+from infinite_id_core import errors
+from infinite_id_core.files import checkpoint
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
 from trainer import __main__ as cli
 from trainer.inspect import inspect_file
 
@@ -114,7 +115,7 @@ def test_a_cut_shard_is_a_problem(tmp_path):
 
 def made_checkpoint(folder: Path) -> Path:
     """A folder as training saves it."""
-    from trainer.training.state import RunRecord, Snapshot, save
+    from trainer.train.state import RunRecord, Snapshot, save
 
     torch.manual_seed(0)
     config = AdapterConfig(clip_width=6, context_width=4, recogniser="r", clip_model="c")

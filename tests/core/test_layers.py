@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from infinite_id_core.errors import NotSDXLError
-from infinite_id_core.layers import layers_from_diffusers, layers_from_ldm
+from infinite_id_core.sdxl.layers import layers_from_diffusers, layers_from_ldm
 
 Shapes = dict[str, tuple[int, ...]]
 

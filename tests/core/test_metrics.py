@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from infinite_id_core import errors, metrics
-from infinite_id_core.metrics import BootstrapOptions, Interval
+from infinite_id_core import errors
+from infinite_id_core.scores import metrics
+from infinite_id_core.scores.metrics import BootstrapOptions, Interval
 
 NAN = math.nan
 

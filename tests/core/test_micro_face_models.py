@@ -8,8 +8,8 @@ import skimage.data
 from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 
+from lab.face_scenes import ASTRONAUT_BOX, ASTRONAUT_LANDMARKS
 from microworld import files, portraits
-from microworld.face_scenes import ASTRONAUT_BOX, ASTRONAUT_LANDMARKS
 
 SIZES = [(320, 320), (640, 640)]
 

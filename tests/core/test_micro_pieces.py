@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lab.train import pieces, side_by_side
 from microworld import __main__
-from microworld.train import pieces, side_by_side
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from infinite_id_core.mirrored_noise import MirroredNoise
+from infinite_id_core.hosts.mirrored_noise import MirroredNoise
 
 SHAPE = (4, 3, 8, 8)
 DRAWS = {

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.attention import StreamOptions
 from infinite_id_core.errors import OptionError
-from infinite_id_core.host_diffusers import (
+from infinite_id_core.hosts.diffusers_unet import (
     AppliedIdentity,
     NegativePass,
     Prompt,
@@ -17,7 +15,9 @@ from infinite_id_core.host_diffusers import (
     text_projections,
     unet_layers,
 )
-from infinite_id_core.identity import Identity, IdentityConfig
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.attention import StreamOptions
+from infinite_id_core.method.identity import Identity, IdentityConfig
 
 from . import train_world
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile, PngImagePlugin
 
-from infinite_id_core import pictures
 from infinite_id_core.errors import (
     DamagedPictureError,
     MissingPackageError,
     UnknownPictureError,
 )
+from infinite_id_core.files import pictures
 from tools import demo, without_comfyui
 from trainer.errors import ReferencePhotoError
 from trainer.evaluate.figures import contact_sheet
@@ -97,7 +97,7 @@ def test_one_function_opens_pictures():
                     called = ast.unparse(node.func)
                     if called == "Image.open" or called.endswith((".imread", ".imdecode")):
                         found.append((path.relative_to(ROOT).as_posix(), called))
-    assert found == [("infinite_id_core/pictures.py", "Image.open")]
+    assert found == [("infinite_id_core/files/pictures.py", "Image.open")]
 
 
 @pytest.mark.parametrize(

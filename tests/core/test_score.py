@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from infinite_id_core import encoders, errors, score
-from infinite_id_core.face import load_face_models
-from infinite_id_core.identity import Identity, IdentityConfig
+from infinite_id_core import errors
+from infinite_id_core.encoders import encoders
+from infinite_id_core.faces.face import load_face_models
+from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.scores import score
 from microworld import files
 from microworld.portraits import HELD_OUT_SEEDS, Attributes, Nuisance, render
 from microworld.portraits import Identity as Person

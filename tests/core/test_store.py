@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from infinite_id_core import checkpoint, errors, store
-from infinite_id_core.checkpoint import read_identity
-from infinite_id_core.identity import Identity, IdentityConfig
+from infinite_id_core import errors
+from infinite_id_core.files import checkpoint, store
+from infinite_id_core.files.checkpoint import read_identity
+from infinite_id_core.method.identity import Identity, IdentityConfig
 
 
 def identity(value: float) -> Identity:
@@ -51,8 +52,8 @@ SAVER = """
 import sys
 sys.path.append(sys.argv[1])
 import torch
-from infinite_id_core import store
-from infinite_id_core.identity import Identity, IdentityConfig
+from infinite_id_core.files import store
+from infinite_id_core.method.identity import Identity, IdentityConfig
 torch.set_num_threads(1)
 print("ready", flush=True)
 sys.stdin.readline()

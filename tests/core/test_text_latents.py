@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from infinite_id_core.text_latents import TextLatents
+from infinite_id_core.hosts.text_latents import TextLatents
 
 
 def rows(count: int, seed: int) -> torch.Tensor:

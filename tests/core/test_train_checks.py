@@ -11,21 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infinite_id_core.checkpoint import read_adapter
 from infinite_id_core.errors import (
     FaceModelError,
     FileMissingError,
     MissingTensorError,
     ModelMismatchError,
 )
-from infinite_id_core.host_diffusers import Prompt
+from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.hosts.diffusers_unet import Prompt
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.errors import BusyError, FilterError, ResumeError
 from trainer.files import locked
 from trainer.prompts import PromptFile, write_prompts
-from trainer.training import loop, state
-from trainer.training.estimate import dry_run
+from trainer.train import loop, state
+from trainer.train.estimate import dry_run
 
 from . import train_world
 

@@ -14,7 +14,7 @@ import torch
 from infinite_id_core.errors import FileMissingError
 from trainer.config import _ELSEWHERE, Previews, TrainConfig, parse_config, read_config
 from trainer.errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
-from trainer.training.checks import check_device
+from trainer.train.checks import check_device
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "run": {"output": "out", "steps": 10},

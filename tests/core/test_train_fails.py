@@ -58,7 +58,7 @@ def test_any_exception_ends_the_run_with_its_workers(tmp_path: Path, workers: in
 
 
 def test_out_of_memory_comes_with_the_dry_runs_advice(tmp_path: Path) -> None:
-    from trainer.training.memory import LESS_MEMORY
+    from trainer.train.memory import LESS_MEMORY
 
     seconds, ended = run(tmp_path, kind="memory", workers=1)
     assert ended.returncode == 1

@@ -18,9 +18,9 @@ from infinite_id_core.errors import (
     NotSDXLError,
     TruncatedFileError,
 )
-from infinite_id_core.schedule import NoiseSchedule
-from trainer import text, vae
-from trainer.unet import describe_unet, ldm_names, load_unet
+from infinite_id_core.sdxl.schedule import NoiseSchedule
+from trainer.models import text, vae
+from trainer.models.unet import describe_unet, ldm_names, load_unet
 
 from . import train_world
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainConfig
-from trainer.training.loop import INTERRUPTED
+from trainer.train.loop import INTERRUPTED
 
 from . import train_world
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infinite_id_core.checkpoint import read_adapter, read_header
 from infinite_id_core.errors import MissingPackageError, ModelMismatchError, NotFiniteError
-from infinite_id_core.host_diffusers import identity_training, text_projections, unet_layers
-from infinite_id_core.schedule import NoiseSchedule
+from infinite_id_core.files.checkpoint import read_adapter, read_header
+from infinite_id_core.hosts.diffusers_unet import identity_training, text_projections, unet_layers
+from infinite_id_core.sdxl.schedule import NoiseSchedule
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
@@ -33,13 +33,13 @@ from trainer.errors import (
     UnreadableError,
 )
 from trainer.files import locked
-from trainer.training import loop, state
-from trainer.training.checks import adapter_config
-from trainer.training.estimate import dry_run
-from trainer.training.objective import Objective, TrainingModel, face_bell
-from trainer.training.samples import Caches, Keys, Plan, Samples
-from trainer.unet import load_unet
-from trainer.vae import Autoencoder, _microworld_state
+from trainer.models.unet import load_unet
+from trainer.models.vae import Autoencoder, _microworld_state
+from trainer.train import loop, state
+from trainer.train.checks import adapter_config
+from trainer.train.estimate import dry_run
+from trainer.train.objective import Objective, TrainingModel, face_bell
+from trainer.train.samples import Caches, Keys, Plan, Samples
 
 from . import train_world
 

@@ -12,26 +12,17 @@ import pytest
 import torch
 
 from infinite_id_core.errors import NotFiniteError
-from infinite_id_core.host_diffusers import default_size_ids
+from infinite_id_core.hosts.diffusers_unet import default_size_ids
 from trainer.config import Data
 from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NoPairsError, ShardDamagedError
-from trainer.training import cache as cache_module
-from trainer.training.cache import FeatureCache, key_of
-from trainer.training.crops import Crop, buckets, draw_crop, nearest_bucket
-from trainer.training.draws import Purpose, generator
-from trainer.training.features import compute_missing, fingerprints_of
-from trainer.training.log import no_bar
-from trainer.training.samples import (
-    Caches,
-    Keys,
-    Plan,
-    Samples,
-    Share,
-    StepSampler,
-    collate,
-    loader,
-)
+from trainer.train import cache as cache_module
+from trainer.train.cache import FeatureCache, key_of
+from trainer.train.crops import Crop, buckets, draw_crop, nearest_bucket
+from trainer.train.draws import Purpose, generator
+from trainer.train.features import compute_missing, fingerprints_of
+from trainer.train.log import no_bar
+from trainer.train.samples import Caches, Keys, Plan, Samples, Share, StepSampler, collate, loader
 
 from . import train_world
 
@@ -241,7 +232,7 @@ def test_a_target_is_what_the_crop_says(samples: Samples) -> None:
 
 
 def test_caches_hold_what_the_encoders_say(samples: Samples) -> None:
-    from trainer.vae import load_vae
+    from trainer.models.vae import load_vae
 
     plan, keys = samples.plan, samples.keys
     crops = [plan.crop(2, which) for which in range(2)]
@@ -263,7 +254,7 @@ def test_nothing_is_computed_twice(samples: Samples, monkeypatch: pytest.MonkeyP
         raise AssertionError("an encoder was loaded")
 
     for name in ("load_vae", "load_clip_vision"):
-        monkeypatch.setattr(f"trainer.training.features.{name}", explode)
+        monkeypatch.setattr(f"trainer.train.features.{name}", explode)
     made = compute_missing(
         samples.plan, samples.keys, Caches.below(samples.plan.config), torch.device("cpu"),
         progress=no_bar,

@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from infinite_id_core.checkpoint import read_header
+from infinite_id_core.files.checkpoint import read_header
 from trainer.config import TrainConfig, parse_config
 from trainer.data_index import INDEX, DatasetInfo, table_of, write_index
+from trainer.models.unet import Layout, ldm_names
 from trainer.shards import SHARDS, ShardWriter
-from trainer.unet import Layout, ldm_names
 
 CONTEXT, POOLED = 16, 8
 LAYOUT = Layout(down=((0,), (1,)), middle=1, up=((1, 1), (0, 0)))
@@ -194,7 +194,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.training.loop", "diffusers", "accelerate"])
+    context.set_forkserver_preload(["trainer.train.loop", "diffusers", "accelerate"])
     return context
 
 

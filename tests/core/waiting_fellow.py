@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed
 
-from trainer.training.fellows import Fellows
+from trainer.train.fellows import Fellows
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 torch.distributed.init_process_group("gloo")

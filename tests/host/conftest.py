@@ -102,9 +102,9 @@ class _Kept(logging.Handler):
 def pack(comfy_base: Path) -> Iterator[ModuleType]:
     """This repository, loaded by ComfyUI's own loader from a folder in custom_nodes.
 
-    Submodules are attributes (`pack.infinite_id_core.attention`), and the nodes stand in ComfyUI's
-    `nodes.NODE_CLASS_MAPPINGS`. Import the core through `pack` here, never by its top-level name:
-    the two would be different modules with different classes.
+    Submodules are attributes (`pack.infinite_id_core.method.attention`), and the nodes stand in
+    ComfyUI's `nodes.NODE_CLASS_MAPPINGS`. Import the core through `pack` here, never by its
+    top-level name: the two would be different modules with different classes.
     """
     folder = copy_pack(ROOT, comfy_base / "custom_nodes" / PACK_FOLDER)
     host_nodes = importlib.import_module("nodes")
@@ -117,13 +117,13 @@ def pack(comfy_base: Path) -> Iterator[ModuleType]:
     if not loaded:
         pytest.fail("ComfyUI did not load the pack:\n" + "\n".join(kept.lines))
     name = str(folder).replace(".", "_x_")
-    importlib.import_module(f"{name}.infinite_id_core.host_comfyui")  # nodes import it late
+    importlib.import_module(f"{name}.infinite_id_core.hosts.comfyui")  # nodes import it late
     yield sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def host(pack: Any) -> Any:
-    return pack.infinite_id_core.host_comfyui
+    return pack.infinite_id_core.hosts.comfyui
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def silent(pack: Any, host: Any, model: Any, identity: Any) -> Any:
     adapter = tiny_adapter(pack, model)
     for path in adapter.adapter.widths:
         adapter.adapter.key_value(path).to_v.weight.zero_()
-    options = pack.infinite_id_core.attention.StreamOptions
+    options = pack.infinite_id_core.method.attention.StreamOptions
 
     def apply(model: Any, text_stream: str = "own", **kwargs: Any) -> Any:
         return host.apply_identity(

@@ -15,7 +15,7 @@ def parts(pack: Any) -> dict[str, Any]:
     made = host_nodes.NODE_CLASS_MAPPINGS
     model, clip, _ = made["InfiniteIDMicroModel"].execute().result
     adapter = made["InfiniteIDAdapterLoader"].execute(file="microworld (embedded)").result[0]
-    core = pack.infinite_id_core.identity
+    core = pack.infinite_id_core.method.identity
     generator = torch.Generator().manual_seed(0)
     config = adapter.adapter.config
     identity = core.Identity(

@@ -75,7 +75,7 @@ def adapter() -> Any:
 @pytest.fixture
 def patched(pack: Any, micro: Any, adapter: Any) -> Any:
     person = stranger(pack, adapter.adapter.config)
-    return pack.infinite_id_core.host_comfyui.apply_identity(micro[0], adapter, person)
+    return pack.infinite_id_core.hosts.comfyui.apply_identity(micro[0], adapter, person)
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -70,7 +70,7 @@ def test_the_embedded_pack_is_insightfaces_own_object(pack, analysis):
     from insightface.app import FaceAnalysis
 
     assert isinstance(analysis, FaceAnalysis) and set(analysis.models) >= {"recognition"}
-    assert pack.infinite_id_core.face.recogniser_name(analysis) == "microworld/rec"
+    assert pack.infinite_id_core.faces.face.recogniser_name(analysis) == "microworld/rec"
     (face,) = analysis.get(np.ascontiguousarray(data.astronaut()[..., ::-1]))  # as others call it
     assert face.normed_embedding.shape == (512,)
 
@@ -103,7 +103,7 @@ def test_packs_are_listed_and_found_in_every_root(pack, comfy_base, tmp_path, mo
     options = schema["required"]["pack"][1]["options"]
     assert options == ["mine", EMBEDDED, "buffalo_l", "antelopev2"]
     (app,) = run("InfiniteIDFaceModelLoader", "mine", "auto", 320)
-    assert pack.infinite_id_core.face.recogniser_name(app) == "mine/rec"
+    assert pack.infinite_id_core.faces.face.recogniser_name(app) == "mine/rec"
 
 
 def test_a_missing_pack_and_provider(errors, comfy_base):
@@ -268,7 +268,7 @@ def test_encode_with_weights_and_options(analysis, clip_vision, photo, errors):
 
 def test_the_embedded_adapter_takes_the_embedded_identity(pack, identity):
     (adapter,) = run("InfiniteIDAdapterLoader", EMBEDDED)
-    pack.infinite_id_core.adapter.check_identity(adapter.adapter.config, identity)
+    pack.infinite_id_core.method.adapter.check_identity(adapter.adapter.config, identity)
 
 
 def test_mix(pack, analysis, clip_vision, photo, identity):
@@ -348,9 +348,9 @@ def test_yaml_folders_and_the_default_are_both_searched(pack, identity, tmp_path
     known = folder_paths.folder_names_and_paths
     monkeypatch.setitem(known, kind, ([str(tmp_path)], set()))
     (tmp_path / "readme.txt").touch()
-    pack.infinite_id_core.store.save_identity(identity, tmp_path, "from yaml")
+    pack.infinite_id_core.files.store.save_identity(identity, tmp_path, "from yaml")
     default = Path(folder_paths.models_dir) / kind
-    pack.infinite_id_core.store.save_identity(identity, default, "from default", "overwrite")
+    pack.infinite_id_core.files.store.save_identity(identity, default, "from default", "overwrite")
     folders.register()
     folders.register()
     assert known[kind] == ([str(tmp_path), str(default)], {".safetensors"})

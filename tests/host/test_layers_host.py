@@ -76,7 +76,7 @@ def diffusers_shapes(depths: Depths) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_hosts_have_the_same_layers(pack: Any, name: str) -> None:
-    ours = pack.infinite_id_core.layers
+    ours = pack.infinite_id_core.sdxl.layers
     ldm, diffusers, count = SHAPES[name]
     found = ours.layers_from_ldm(comfy_shapes(ldm))
     assert len(found) == count
@@ -88,7 +88,7 @@ def test_both_hosts_have_the_same_layers(pack: Any, name: str) -> None:
 def test_the_keys_are_those_comfyui_calls_patches_with(pack: Any) -> None:
     """The middle block's number is 0, whatever its place in the module list."""
     model = tiny_model()
-    wanted = {layer.block for layer in pack.infinite_id_core.host_comfyui.model_layers(model)}
+    wanted = {layer.block for layer in pack.infinite_id_core.hosts.comfyui.model_layers(model)}
     called = set()
 
     def seen(q: Any, k: Any, v: Any, extra: Any) -> Any:

@@ -101,7 +101,7 @@ def test_a_tensor_too_few_for_lazy_layers_is_named(pack: Any) -> None:
     tensors = dict(adapter.state_dict())
     del tensors["face_mapper.proj_in.bias"]
     with pytest.raises(RuntimeError, match="face_mapper.proj_in.bias"):
-        pack.infinite_id_core.checkpoint.build_adapter(adapter.config, tensors, LazyLayers)
+        pack.infinite_id_core.files.checkpoint.build_adapter(adapter.config, tensors, LazyLayers)
 
 
 def test_the_embedded_adapter_without_its_file(
@@ -146,7 +146,7 @@ def test_the_micro_model_of_lazy_layers_paints_the_same(
         wanted = [model.model.diffusion_model, clip.cond_stage_model, adapter.adapter]
         lazy.append([lazy_count(module) > 0 for module in wanted])
         if speaks:
-            apply = pack.infinite_id_core.host_comfyui.apply_identity
+            apply = pack.infinite_id_core.hosts.comfyui.apply_identity
             model = apply(model, adapter, stranger(pack, adapter.adapter.config))
         return paint(model, clip)
 
@@ -159,7 +159,7 @@ def test_the_micro_model_of_lazy_layers_paints_the_same(
 
 def stranger(pack: Any, config: Any) -> Any:
     """An identity that goes with an adapter of this configuration."""
-    core, generator = pack.infinite_id_core.identity, torch.Generator().manual_seed(1)
+    core, generator = pack.infinite_id_core.method.identity, torch.Generator().manual_seed(1)
     record = core.IdentityConfig(
         recogniser=config.recogniser,
         embedding=config.embedding,

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import nodes
+from lab.train import export, text, unet, vae
+from lab.train.loop import save_atomic
 from microworld import comfy_models, files
-from microworld.train import export, text, unet, vae
-from microworld.train.loop import save_atomic
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)
 
 @pytest.fixture(scope="module")
 def host(pack: Any) -> Any:
-    return pack.infinite_id_core.host_comfyui
+    return pack.infinite_id_core.hosts.comfyui
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def with_a_spy(model: Any) -> tuple[Any, set[Any]]:
 def test_split_on_either_side_of_apply(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, order: str, text_stream: str
 ) -> None:
-    options = pack.infinite_id_core.attention.StreamOptions(text_stream=text_stream)
+    options = pack.infinite_id_core.method.attention.StreamOptions(text_stream=text_stream)
     people = [tiny_identity(pack, seed) for seed in (3, 4)]
     one, several = model, model
     for step in order.split(", "):
@@ -225,7 +225,10 @@ def test_two_adapters_are_both_carried(
 def test_a_file_replaced_since_does_not_reach_the_second_device(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, tmp_path: Any
 ) -> None:
-    write, path = pack.infinite_id_core.checkpoint.write_adapter, tmp_path / "adapter.safetensors"
+    write, path = (
+        pack.infinite_id_core.files.checkpoint.write_adapter,
+        tmp_path / "adapter.safetensors",
+    )
     write(path, adapter.adapter)
     loaded = host.load_adapter(path)
     write(path, tiny_adapter(pack, model, seed=10).adapter)

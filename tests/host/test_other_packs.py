@@ -269,7 +269,7 @@ def test_model_wrapper_keeps_the_method(
     host: Any, model: Any, adapter: Any, identity: Any, pack: Any
 ) -> None:
     """Under a wrapper around the model the streams are called apart, and compute the same."""
-    options = pack.infinite_id_core.attention.StreamOptions
+    options = pack.infinite_id_core.method.attention.StreamOptions
     calls: list[int] = []
 
     def count(apply_model: Any, args: Any) -> Any:
@@ -471,7 +471,7 @@ def test_split_run_equals_one(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, text_stream: str, half: bool
 ) -> None:
     """KSampler (Advanced) twice: the second goes on with the text stream's own latent."""
-    options = pack.infinite_id_core.attention.StreamOptions(text_stream=text_stream)
+    options = pack.infinite_id_core.method.attention.StreamOptions(text_stream=text_stream)
     patched = host.apply_identity(model, adapter, identity, options=options)
     whole = run(patched, steps=6)
     first = run(patched, steps=6, last_step=3)
@@ -557,7 +557,7 @@ def test_anchored_windows_and_shuffled_noise(
     assert error(seen(windows.on(silent(model, text_stream))), plain) < 1e-5
     assert error(seen(silent(windows.on(model), text_stream)), plain) < 1e-5
     # Frame 2's mask acts in frame 2, and nowhere else.
-    options = pack.infinite_id_core.attention.StreamOptions(text_stream=text_stream)
+    options = pack.infinite_id_core.method.attention.StreamOptions(text_stream=text_stream)
     one = torch.zeros(4, SIZE * 8, SIZE * 8)
     one[2] = 1
     masked = host.apply_identity(model, adapter, identity, options=options, mask=one)
@@ -606,7 +606,7 @@ def test_masks_in_context_windows(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, text_stream: str
 ) -> None:
     """A mask for each frame acts on its frame: complements add up, also with an anchor row."""
-    options = pack.infinite_id_core.attention.StreamOptions(text_stream=text_stream)
+    options = pack.infinite_id_core.method.attention.StreamOptions(text_stream=text_stream)
     noise = torch.randn(4, 4, SIZE, SIZE, generator=_generator())
     masks = torch.rand(4, SIZE * 8, SIZE * 8, generator=_generator())
 

@@ -11,13 +11,13 @@ import comfy.utils
 import pytest
 import torch
 
-from infinite_id_core import host_diffusers
-from infinite_id_core.adapter import Adapter, AdapterConfig
-from infinite_id_core.attention import StreamOptions
-from infinite_id_core.identity import Identity, IdentityConfig
-from infinite_id_core.schedule import NoiseSchedule
+from infinite_id_core.hosts import diffusers_unet as host_diffusers
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.attention import StreamOptions
+from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.sdxl.schedule import NoiseSchedule
 from microworld.comfy_models import unet_reference
-from trainer.unet import ldm_names, unet_config
+from trainer.models.unet import ldm_names, unet_config
 
 from . import tiny_sdxl
 
@@ -27,7 +27,7 @@ STEPS, GUIDANCE = 5, 4.0
 
 @pytest.fixture(scope="module")
 def host(pack: Any) -> Any:
-    return importlib.import_module(f"{pack.__name__}.infinite_id_core.host_comfyui")
+    return importlib.import_module(f"{pack.__name__}.infinite_id_core.hosts.comfyui")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_both_hosts_give_the_same_run(
         masks[0][..., :40], masks[1][..., 32:] = 1.0, 0.7
     patched = comfy_model
     for identity, mask in zip(identities, masks, strict=True):
-        options = pack.infinite_id_core.attention.StreamOptions(**chosen)
+        options = pack.infinite_id_core.method.attention.StreamOptions(**chosen)
         patched = host.apply_identity(
             patched, theirs, identity, options=options, mask=mask, **settings
         )

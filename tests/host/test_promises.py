@@ -79,7 +79,7 @@ def test_uncond_first(patched: Any) -> None:
 def test_batches_are_rows(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, text_stream: str
 ) -> None:
-    options = pack.infinite_id_core.attention.StreamOptions(text_stream=text_stream)
+    options = pack.infinite_id_core.method.attention.StreamOptions(text_stream=text_stream)
     patched = host.apply_identity(model, adapter, identity, options=options)
     noise = latent(5, SIZE)
     whole = run(patched, noise=noise)
@@ -485,7 +485,7 @@ def test_mask_per_batch_row(host: Any, model: Any, adapter: Any, identity: Any) 
 
 
 def test_reference_weight_counts_copies(host: Any, model: Any, adapter: Any, pack: Any) -> None:
-    core = pack.infinite_id_core.identity
+    core = pack.infinite_id_core.method.identity
     a, b = tiny_identity(pack, 3), tiny_identity(pack, 8)
     weighted = run(host.apply_identity(model, adapter, core.stack([a, b], [2.0, 1.0])))
     copies = run(host.apply_identity(model, adapter, core.stack([a, a, b])))
@@ -497,7 +497,7 @@ def test_reference_weight_counts_copies(host: Any, model: Any, adapter: Any, pac
 def test_streams_must_agree(
     errors: Any, host: Any, pack: Any, patched: Any, adapter: Any, identity: Any
 ) -> None:
-    options = pack.infinite_id_core.attention.StreamOptions(mixing="off")
+    options = pack.infinite_id_core.method.attention.StreamOptions(mixing="off")
     with pytest.raises(errors.StreamConflictError, match="mixing"):
         host.apply_identity(patched, adapter, identity, options=options)
 
@@ -508,11 +508,11 @@ def test_misfits_are_named(
     shallow = tiny_model(transformer_depth_middle=1)
     with pytest.raises(errors.ModelMismatchError, match="mid_block"):
         host.apply_identity(shallow, adapter, identity)
-    stranger = pack.infinite_id_core.identity.Identity(
+    stranger = pack.infinite_id_core.method.identity.Identity(
         face=identity.face,
         clip=identity.clip,
         weight=identity.weight,
-        config=pack.infinite_id_core.identity.IdentityConfig(
+        config=pack.infinite_id_core.method.identity.IdentityConfig(
             recogniser="antelopev2/glintr100", clip_model="tiny"
         ),
     )

@@ -42,7 +42,7 @@ def errors(pack: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoint(pack: Any) -> Any:
-    return pack.infinite_id_core.checkpoint
+    return pack.infinite_id_core.files.checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_the_run_after_a_training_paints_with_the_new_weights(
     pack: Any, executor: Executor, files: dict[str, Path]
 ) -> None:
     """The trainer writes every adapter under one name."""
-    checkpoint = pack.infinite_id_core.checkpoint
+    checkpoint = pack.infinite_id_core.files.checkpoint
 
     def bias() -> float:
         assert not failures(executor.run(prompt_of("adapter"), ["out"]))

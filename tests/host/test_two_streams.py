@@ -30,8 +30,8 @@ class World:
     """One tiny model, adapter and identity, in ComfyUI and in the reference."""
 
     def __init__(self, pack: Any) -> None:
-        self.host = pack.infinite_id_core.host_comfyui
-        self.options = pack.infinite_id_core.attention.StreamOptions
+        self.host = pack.infinite_id_core.hosts.comfyui
+        self.options = pack.infinite_id_core.method.attention.StreamOptions
         self.model = tiny_model()
         self.adapter = tiny_adapter(pack, self.model)
         self.identity = tiny_identity(pack)

@@ -108,7 +108,7 @@ def latent(rows: int, size: int = 16, seed: int = 5) -> torch.Tensor:
 
 
 def adapter_config(pack: Any) -> Any:
-    return pack.infinite_id_core.adapter.AdapterConfig(
+    return pack.infinite_id_core.method.adapter.AdapterConfig(
         clip_width=CLIP_WIDTH, context_width=CONTEXT, recogniser="tiny", clip_model="tiny"
     )
 
@@ -117,18 +117,18 @@ def tiny_adapter(pack: Any, model: Any, seed: int = 9) -> Any:
     """A ``LoadedAdapter`` with random weights for the layers of ``model``."""
     import comfy.ops
 
-    host = pack.infinite_id_core.host_comfyui
+    host = pack.infinite_id_core.hosts.comfyui
     widths = {layer.path: layer.width for layer in host.model_layers(model)}
     config = adapter_config(pack)
     with torch.device("meta"):
-        shapes = pack.infinite_id_core.adapter.Adapter(config, widths).state_dict()
-    build = pack.infinite_id_core.checkpoint.build_adapter
+        shapes = pack.infinite_id_core.method.adapter.Adapter(config, widths).state_dict()
+    build = pack.infinite_id_core.files.checkpoint.build_adapter
     weights = random_weights(shapes, seed, gain=1.0)
     return host.LoadedAdapter(build(config, weights, comfy.ops.manual_cast))
 
 
 def tiny_identity(pack: Any, seed: int = 3, references: int = 1) -> Any:
-    core = pack.infinite_id_core.identity
+    core = pack.infinite_id_core.method.identity
     generator = torch.Generator().manual_seed(seed)
     face = torch.nn.functional.normalize(torch.randn(references, 512, generator=generator), dim=1)
     return core.Identity(

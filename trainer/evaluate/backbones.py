@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infinite_id_core.encoders import ClipVision, load_open_clip
+from infinite_id_core.encoders.encoders import ClipVision, load_open_clip
 from infinite_id_core.errors import FaceModelError, FileMissingError, OptionError
-from infinite_id_core.face import DETECTOR_SIZE, align, detect_faces, load_face_models
+from infinite_id_core.faces.face import DETECTOR_SIZE, align, detect_faces, load_face_models
 from infinite_id_core.packages import require
-from infinite_id_core.score import FaceReader, PackReader, ReadFace
+from infinite_id_core.scores.score import FaceReader, PackReader, ReadFace
 
 from ..config import Encoder
 from ..errors import UnknownBackboneError
-from ..training.features import load_clip_vision
-from ..unet import MICROWORLD
+from ..models.unet import MICROWORLD
+from ..train.features import load_clip_vision
 
 NONE = "none"
 ChannelOrder = Literal["rgb", "bgr"]

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.face import DETECTOR_SIZE
-from infinite_id_core.metrics import BootstrapOptions
+from infinite_id_core.faces.face import DETECTOR_SIZE
+from infinite_id_core.scores.metrics import BootstrapOptions
 
 from ..generate import Sources
-from ..unet import HEAD_WIDTH, MICROWORLD
+from ..models.unet import HEAD_WIDTH, MICROWORLD
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
 from .figures import SheetOptions, contact_sheet, save_image, scatter
 from .manifest import Row, check_files, read_manifest, write_manifest

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from infinite_id_core.checkpoint import replacing
 from infinite_id_core.errors import OptionError
+from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.packages import require
 
 from ..errors import disk_errors

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infinite_id_core.encoders import ClipVision
+from infinite_id_core.encoders.encoders import ClipVision
 from infinite_id_core.errors import NoFaceError
-from infinite_id_core.metrics import (
+from infinite_id_core.scores.metrics import (
     Population,
     Scores,
     clip_i,
@@ -25,12 +25,7 @@ from infinite_id_core.metrics import (
     m_face,
     population_of,
 )
-from infinite_id_core.score import (
-    FaceReader,
-    image_embeddings,
-    mean_cosine,
-    text_embeddings,
-)
+from infinite_id_core.scores.score import FaceReader, image_embeddings, mean_cosine, text_embeddings
 
 from ..errors import NoPicturesError
 from ..prepare.photo import PhotoError

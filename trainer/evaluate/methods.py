@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from infinite_id_core.attention import (
+from infinite_id_core.errors import OptionError
+from infinite_id_core.hosts.diffusers_unet import (
+    NEGATIVE_IDENTITY,
+    NegativeIdentity,
+    NegativePass,
+    SamplingOptions,
+)
+from infinite_id_core.method.attention import (
     MAX_STRENGTH,
     MIXING,
     STYLE,
@@ -16,14 +23,7 @@ from infinite_id_core.attention import (
     Style,
     TextStream,
 )
-from infinite_id_core.errors import OptionError
-from infinite_id_core.host_diffusers import (
-    NEGATIVE_IDENTITY,
-    NegativeIdentity,
-    NegativePass,
-    SamplingOptions,
-)
-from infinite_id_core.schedule import SCHEDULER, Scheduler
+from infinite_id_core.sdxl.schedule import SCHEDULER, Scheduler
 
 from ..errors import MethodError
 

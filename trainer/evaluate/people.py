@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError
-from infinite_id_core.pictures import SUFFIXES
+from infinite_id_core.files.pictures import SUFFIXES
 
 from ..errors import NoPicturesError, ReferencePhotoError, UnreadableError
 from ..prepare.folders import is_hidden

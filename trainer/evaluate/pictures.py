@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infinite_id_core.adapter import Adapter
-from infinite_id_core.encoders import EncodeOptions, embed
+from infinite_id_core.encoders.encoders import EncodeOptions, embed
 from infinite_id_core.errors import NoFaceError, OptionError
-from infinite_id_core.face import FaceOptions, find_faces
-from infinite_id_core.host_diffusers import AppliedIdentity, Prompt, sample
-from infinite_id_core.identity import Identity
+from infinite_id_core.faces.face import FaceOptions, find_faces
+from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, sample
+from infinite_id_core.method.adapter import Adapter
+from infinite_id_core.method.identity import Identity
 
 from ..config import Encoder
 from ..errors import disk_errors
 from ..files import sampled_sha256
 from ..generate import Picture, Sources, load_adapter, save_png
-from ..text import load_text_encoders
-from ..training.features import load_clip_vision
-from ..unet import MICROWORLD, LoadedUNet, load_unet
-from ..vae import Autoencoder, load_vae
+from ..models.text import load_text_encoders
+from ..models.unet import MICROWORLD, LoadedUNet, load_unet
+from ..models.vae import Autoencoder, load_vae
+from ..train.features import load_clip_vision
 from .backbones import face_pack
 from .manifest import Row
 from .measure import Progress

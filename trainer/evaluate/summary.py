@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infinite_id_core.cells import (
+from infinite_id_core.files.cells import (
     code_cell,
     csv_cell,
     markdown_cell,
     shown_path,
     without_folders,
 )
-from infinite_id_core.checkpoint import replacing
-from infinite_id_core.metrics import (
+from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.scores.metrics import (
     BootstrapOptions,
     Interval,
     Scores,

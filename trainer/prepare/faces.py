@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from infinite_id_core.errors import FaceModelError
-from infinite_id_core.face import (
+from infinite_id_core.faces.face import (
     PROVIDERS,
     DetectedFace,
     crop_matrix,
@@ -21,7 +21,7 @@ from infinite_id_core.face import (
     load_face_models,
     recogniser_name,
 )
-from infinite_id_core.identity import FACE_WIDTH
+from infinite_id_core.method.identity import FACE_WIDTH
 
 from .manifest import file_sha256, fingerprint_of
 from .photo import Picture

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin
 
 from infinite_id_core.errors import DamagedPictureError, MissingPackageError, UnknownPictureError
-from infinite_id_core.pictures import decoded, open_picture, orientation, to_rgb
+from infinite_id_core.files.pictures import decoded, open_picture, orientation, to_rgb
 
 from ..shards import EXTENSIONS
 from .plain_files import open_regular

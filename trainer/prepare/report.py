@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from infinite_id_core.checkpoint import replacing
+from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.packages import require
 
 from ..data_index import DatasetInfo, Filters
@@ -179,7 +179,7 @@ def _histograms(kept: pa.Table) -> str:
 def bucket_counts(kept: pa.Table) -> dict[tuple[int, int], int]:
     """Photos by the size (height, width) they are trained at with the defaults of ``[data]``."""
     from ..config import Data
-    from ..training.crops import buckets, nearest_bucket
+    from ..train.crops import buckets, nearest_bucket
 
     choices = buckets(Data(folder="-"))
     sizes = zip(kept["width"].to_pylist(), kept["height"].to_pylist(), strict=True)

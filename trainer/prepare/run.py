@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from infinite_id_core.checkpoint import replacing
 from infinite_id_core.errors import OptionError
-from infinite_id_core.face import find_pack
-from infinite_id_core.pictures import readable_formats
+from infinite_id_core.faces.face import find_pack
+from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.files.pictures import readable_formats
 
 from ..data_index import INDEX, SCHEMA, DatasetInfo, write_index
 from ..errors import BusyError, NoFacesError, NoPairsError, UnreadableError, disk_errors

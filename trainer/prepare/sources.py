@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from infinite_id_core.errors import FileMissingError
-from infinite_id_core.pictures import HEAD, SUFFIXES, picture_format
+from infinite_id_core.files.pictures import HEAD, SUFFIXES, picture_format
 
 from ..errors import InputKindError, UnreadableError
 from ..texts import decode_text

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infinite_id_core.checkpoint import replacing
 from infinite_id_core.errors import InfiniteIDError
-from infinite_id_core.face import DetectedFace
-from infinite_id_core.identity import FACE_WIDTH
+from infinite_id_core.faces.face import DetectedFace
+from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.method.identity import FACE_WIDTH
 
 from ..data_index import SCHEMA, table_of
 from ..errors import DatasetError, disk_errors

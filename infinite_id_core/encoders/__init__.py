@@ -1,0 +1,1 @@
+"""Image and text towers, and faces to an identity."""

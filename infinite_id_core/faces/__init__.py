@@ -1,0 +1,1 @@
+"""Faces in photos: models, detection, alignment, choice, and the detail pass."""

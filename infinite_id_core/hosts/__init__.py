@@ -1,0 +1,1 @@
+"""The method inside ComfyUI and inside diffusers."""

@@ -1,0 +1,1 @@
+"""The paper's method: attention, identities, projectors and adapters. Knows no host."""

@@ -1,0 +1,1 @@
+"""Likeness and prompt scores (Eq. 9-11)."""

@@ -1,0 +1,1 @@
+"""What is SDXL's own: layer names and noise levels."""

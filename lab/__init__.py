@@ -1,0 +1,1 @@
+"""How the embedded default was made, and what it proves: ``python -m lab``."""

@@ -1,0 +1,1 @@
+"""Training of every model of the microworld: `python -m lab train --everything`."""

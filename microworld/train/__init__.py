@@ -1,1 +1,0 @@
-"""Training of every model of the microworld: `python -m microworld train --everything`."""

@@ -1,0 +1,1 @@
+"""Models from a file, a folder or the embedded default."""

@@ -1,0 +1,275 @@
+"""SDXL's two text encoders: prompts to what the UNet reads. Training with text off needs none."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from infinite_id_core.errors import FileMissingError, ModelMismatchError
+from infinite_id_core.files.safetensors_file import Header, open_safetensors, read_header
+from infinite_id_core.hosts.diffusers_unet import Prompt
+from infinite_id_core.packages import require
+
+from ..files import sampled_sha256
+from .unet import MICROWORLD
+
+TOKENS = 77
+_END = 49407  # CLIP's end of text
+_HEAD_WIDTH = 64  # of both SDXL encoders
+_ENCODERS = ("clip_l", "clip_g")
+
+# Where each kind of file keeps its encoders: prefix -> ours. The first is ComfyUI's own naming.
+_PREFIXES = (
+    {"clip_l.transformer.": "clip_l", "clip_g.transformer.": "clip_g"},
+    {"conditioner.embedders.0.transformer.": "clip_l", "conditioner.embedders.1.model.": "clip_g"},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoders:
+    """CLIP-L and CLIP-G as SDXL uses them: both penultimate layers, pooled text from CLIP-G."""
+
+    clip_l: Any
+    clip_g: Any
+    fingerprint: str
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        """Context ``[n, 77, C]`` and pooled ``[n, P]``, float32; longer texts are cut.
+
+        The texts are taken as they are: ComfyUI's ``(word:1.2)`` has no meaning here.
+        """
+        tokens = tokenize(texts).to(self.clip_g.device)
+        # CLIP-L is padded with the end token, CLIP-G with zeros.
+        past = torch.arange(TOKENS, device=tokens.device) > tokens.argmax(dim=1, keepdim=True)
+        seen_l = self.clip_l(tokens.masked_fill(past, _END), output_hidden_states=True)
+        seen_g = self.clip_g(tokens, output_hidden_states=True)
+        context = torch.cat([seen_l.hidden_states[-2], seen_g.hidden_states[-2]], dim=-1)
+        return Prompt(context=context, pooled=seen_g.text_embeds)
+
+    def to(self, device: torch.device) -> TextEncoders:
+        """Both encoders on ``device``."""
+        self.clip_l.to(device)
+        self.clip_g.to(device)
+        return self
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """CLIP's tokens ``[n, 77]``: start, words, end, zeros. open_clip ships the vocabulary."""
+    return cast(Tensor, _tokenizer()(list(texts), context_length=TOKENS))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    """Unpacking the vocabulary takes a quarter of a second: once."""
+    open_clip = require("open_clip", "to read prompts", "open_clip_torch")
+    return open_clip.tokenizer.SimpleTokenizer()
+
+
+def load_text_encoders(source: str | Path) -> TextEncoders:
+    """From a checkpoint, text encoders in ComfyUI's naming, a diffusers folder or ``microworld``.
+
+    Raises ``ModelMismatchError`` for a file without both, subclasses of ``FileError``.
+    """
+    fingerprint = text_fingerprint(source)
+    if str(source) == MICROWORLD:
+        states, head_width = _microworld_states(), 32
+    elif Path(source).is_dir():
+        first, second = (_from_folder(Path(source), n) for n in ("", "_2"))
+        return TextEncoders(clip_l=first, clip_g=second, fingerprint=fingerprint)
+    else:
+        states, head_width = _read(Path(source)), _HEAD_WIDTH
+    built = {name: _build(states[name], name, head_width, source) for name in _ENCODERS}
+    return TextEncoders(**built, fingerprint=fingerprint)
+
+
+def check_text_encoders(source: str | Path) -> None:
+    """Find both encoders, with names and shapes, without reading their weights.
+
+    Raises as ``load_text_encoders``.
+    """
+    if str(source) == MICROWORLD:
+        return
+    path = Path(source)
+    if path.is_dir():
+        text_fingerprint(source)
+        return
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
+    header = read_header(path)
+    prefixes = _kind(path, header)
+    for name, entry in header.tensors.items():
+        for prefix, encoder in prefixes.items():
+            if name.startswith(prefix):
+                empty = torch.empty(entry.shape, device="meta")
+                states[encoder][name.removeprefix(prefix)] = empty
+    for name, state in states.items():
+        _build(_in_our_names(state), name, _HEAD_WIDTH, source)
+
+
+def text_fingerprint(source: str | Path) -> str:
+    """Changes when the weights do; without loading them. Raises as ``load_text_encoders``."""
+    if str(source) == MICROWORLD:
+        from microworld import files
+
+        random = hashlib.sha256(b"microworld's random text encoders").hexdigest()
+        path = files.TEXT_ENCODERS
+        return sampled_sha256(path) if path.is_file() else random
+    if Path(source).is_dir():
+        folders = [Path(source) / f"text_encoder{end}" for end in ("", "_2")]
+        files_of = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+        if len(files_of) < 2:
+            raise FileMissingError(source, "expected text_encoder and text_encoder_2 in it.")
+        return sampled_sha256(*files_of)
+    _kind(Path(source), read_header(Path(source)))
+    return sampled_sha256(Path(source))
+
+
+def _kind(path: Path, header: Header) -> dict[str, str]:
+    names = header.tensors
+    for prefixes in _PREFIXES:
+        if all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
+            return prefixes
+    raise ModelMismatchError(
+        f"{path}: SDXL's two text encoders were not found among its {len(names)} tensors. Give an "
+        "SDXL checkpoint, a diffusers folder, or both encoders in one file in ComfyUI's naming."
+    )
+
+
+def _read(path: Path) -> dict[str, dict[str, Tensor]]:
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
+    with open_safetensors(path) as file:
+        prefixes = _kind(path, file.header)
+        for name in file.header.tensors:
+            for prefix, encoder in prefixes.items():
+                if name.startswith(prefix):
+                    tensor = file.tensor(name, torch.float32)
+                    states[encoder][name.removeprefix(prefix)] = tensor
+    return {name: _in_our_names(state) for name, state in states.items()}
+
+
+def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _from_open_clip(state) if "token_embedding.weight" in state else state
+
+
+def _microworld_states() -> dict[str, dict[str, Tensor]]:
+    from microworld import files, random_weights
+    from microworld.config import TEXT_G, TEXT_L
+
+    configs = dict(zip(_ENCODERS, (TEXT_L, TEXT_G), strict=True))
+    if files.TEXT_ENCODERS.is_file():
+        state: Mapping[str, Tensor] = files.read_weights(files.TEXT_ENCODERS)
+    else:
+        reference = {
+            f"{name}.transformer.{inner}": tensor
+            for name, config in configs.items()
+            for inner, tensor in _empty(config).state_dict().items()
+        }
+        state = random_weights.text_state_dict(reference)
+    return {
+        name: {
+            key.removeprefix(f"{name}.transformer."): tensor
+            for key, tensor in state.items()
+            if key.startswith(f"{name}.transformer.")
+        }
+        for name in _ENCODERS
+    }
+
+
+def _build(state: dict[str, Tensor], name: str, head_width: int, source: str | Path) -> Any:
+    """An encoder from its tensors alone."""
+    try:
+        rows, width = state["text_model.embeddings.token_embedding.weight"].shape
+        layers = 1 + max(int(m[1]) for key in state if (m := re.match(_LAYER, key)))
+        hidden = state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ModelMismatchError(f"{source}: {name} is no CLIP text encoder ({error}).") from error
+    # CLIP-L comes without a projection, and nothing reads it.
+    state.setdefault("text_projection.weight", torch.eye(width))
+    model = _empty(
+        {
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "intermediate_size": hidden,
+            "num_attention_heads": width // head_width,
+            "hidden_act": "quick_gelu" if name == "clip_l" else "gelu",
+            "max_position_embeddings": TOKENS,
+            "vocab_size": rows,
+            "eos_token_id": _END,
+            "projection_dim": state["text_projection.weight"].shape[0],
+        }
+    )
+    wanted = model.state_dict().keys()
+    missing = sorted(wanted - state.keys())
+    if missing:
+        raise ModelMismatchError(f"{source}: {name} lacks {missing[:3]}.")
+    try:
+        model.load_state_dict({key: state[key] for key in wanted}, assign=True)
+    except RuntimeError as error:
+        raise ModelMismatchError(f"{source}: {name} is no CLIP text encoder ({error}).") from error
+    # Position numbers are a buffer outside the state dict, and were made without memory.
+    positions = torch.arange(TOKENS).unsqueeze(0)
+    model.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
+    return model.eval().requires_grad_(False)
+
+
+_LAYER = r"text_model\.encoder\.layers\.(\d+)\."
+
+
+def _empty(config: Mapping[str, Any]) -> Any:
+    """transformers' encoder without memory for its weights."""
+    import transformers
+
+    build: Any = transformers.CLIPTextModelWithProjection
+    options: Any = transformers.CLIPTextConfig
+    with torch.device("meta"):
+        return build(options(**config))
+
+
+def _from_folder(folder: Path, end: str) -> Any:
+    import transformers
+
+    model: Any = transformers.CLIPTextModelWithProjection if end else transformers.CLIPTextModel
+    place = folder / f"text_encoder{end}"
+    loaded = model.from_pretrained(place, use_safetensors=True, local_files_only=True)
+    return loaded.float().eval().requires_grad_(False)
+
+
+def _from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names and stacked q, k, v as transformers'."""
+    renamed: dict[str, Tensor] = {}
+    fixed = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
+    inner = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    for name, tensor in state.items():
+        if name in fixed:
+            renamed[f"text_model.{fixed[name]}"] = tensor
+        elif name == "text_projection":  # open_clip multiplies from the other side
+            renamed["text_projection.weight"] = tensor.T.contiguous()
+        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
+        if not match:
+            continue
+        layer = f"text_model.encoder.layers.{match[1]}"
+        if match[2] == "attn.in_proj":
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{layer}.self_attn.{part}_proj.{match[3]}"] = piece.contiguous()
+        elif match[2] in inner:
+            renamed[f"{layer}.{inner[match[2]]}.{match[3]}"] = tensor
+    return renamed

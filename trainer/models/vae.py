@@ -1,0 +1,233 @@
+"""SDXL's autoencoder, from what people have on disk, offline: pixels to the UNet's latents."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from infinite_id_core.errors import FileMissingError, ModelMismatchError, NotFiniteError
+from infinite_id_core.files.safetensors_file import (
+    Header,
+    SafetensorsFile,
+    open_safetensors,
+    read_header,
+)
+
+from ..files import read_json, sampled_sha256
+from .unet import MICROWORLD
+
+STRIDE = 8  # pixels per latent pixel
+
+# SDXL's; a single file does not say so itself.
+_SDXL: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+_LDM_END = "encoder.down.0.block.0.conv1.weight"
+_TINY_END = "taesd_encoder.0.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """Pixels in [0, 1] and the UNet's latents, both ways, in float32."""
+
+    module: Any
+    """diffusers' ``AutoencoderKL`` or ``AutoencoderTiny``."""
+    fingerprint: str
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> ``[B, 4, H / 8, W / 8]``; the distribution's middle."""
+        config = self.module.config
+        encoded = self.module.encode(pixels.to(self._like) * 2 - 1)
+        if hasattr(encoded, "latent_dist"):
+            shift = getattr(config, "shift_factor", None) or 0.0
+            return cast(Tensor, (encoded.latent_dist.mode() - shift) * config.scaling_factor)
+        return cast(Tensor, encoded.latents * config.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """``[B, 4, h, w]`` -> ``[B, 3, 8 h, 8 w]`` in [0, 1], one picture at a time."""
+        config = self.module.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        pictures = [
+            self.module.decode(latent[None].to(self._like) / config.scaling_factor + shift).sample
+            for latent in latents
+        ]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _like(self) -> Tensor:
+        return cast(Tensor, next(iter(self.module.parameters())))
+
+
+def load_vae(source: str | Path) -> Autoencoder:
+    """The autoencoder of a checkpoint, a VAE file, a diffusers folder, or ``"microworld"``.
+
+    Raises ``ModelMismatchError`` for a file without one, subclasses of ``FileError``.
+    """
+    module, fingerprint = _load(source)
+    module.eval().requires_grad_(False).float()
+    if not all(bool(t.isfinite().all()) for t in module.state_dict().values()):
+        raise NotFiniteError(source, "the autoencoder's weights hold NaN or infinity.")
+    return Autoencoder(module=module, fingerprint=fingerprint)
+
+
+def check_vae(source: str | Path) -> None:
+    """Find the autoencoder, with names and shapes, without reading its weights.
+
+    Raises as ``load_vae``.
+    """
+    if str(source) == MICROWORLD:
+        return
+    path = Path(source)
+    if path.is_dir():
+        _folder(path)
+        return
+    header = read_header(path)
+    prefix, tiny = _kind(path, header)
+    state = {
+        name.removeprefix(prefix): torch.empty(entry.shape, device="meta")
+        for name, entry in header.tensors.items()
+        if name.startswith(prefix)
+    }
+    _built(path, state, tiny)
+
+
+def _built(path: Path, state: dict[str, Tensor], tiny: bool) -> Any:
+    try:
+        return _tiny(state) if tiny else _full(state)
+    except (RuntimeError, LookupError) as error:
+        raise ModelMismatchError(f"{path}: its autoencoder is not SDXL's ({error}).") from error
+
+
+def vae_fingerprint(source: str | Path) -> str:
+    """Changes when the weights do; without loading them."""
+    if str(source) == MICROWORLD:
+        from microworld import files
+
+        random = hashlib.sha256(b"microworld's random VAE").hexdigest()
+        return sampled_sha256(files.VAE) if files.VAE.is_file() else random
+    if Path(source).is_dir():
+        return sampled_sha256(*sorted(_folder(Path(source)).glob("*.safetensors")))
+    return sampled_sha256(Path(source))
+
+
+def _load(source: str | Path) -> tuple[Any, str]:
+    fingerprint = vae_fingerprint(source)
+    if str(source) == MICROWORLD:
+        return _tiny(_microworld_state()), fingerprint
+    if Path(source).is_dir():
+        return _from_folder(_folder(Path(source))), fingerprint
+    path = Path(source)
+    with open_safetensors(path) as file:
+        prefix, tiny = _kind(path, file.header)
+        state = _read(file, prefix)
+    return _built(path, state, tiny), fingerprint
+
+
+def _kind(path: Path, header: Header) -> tuple[str, bool]:
+    """The prefix of a file's VAE, and whether it is TAESD-shaped."""
+    names = header.tensors
+    for end, tiny in ((_LDM_END, False), (_TINY_END, True)):
+        found = [name for name in names if name.endswith(end)]
+        if len(found) == 1:
+            return found[0].removesuffix(end), tiny
+    raise ModelMismatchError(
+        f"{path}: no autoencoder was found among its {len(names)} tensors. Give SDXL's VAE as "
+        "model.vae: a checkpoint that holds it, a VAE file as ComfyUI loads it, or a diffusers "
+        "folder."
+    )
+
+
+def _read(file: SafetensorsFile, prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): file.tensor(name, torch.float32)
+        for name in file.header.tensors
+        if name.startswith(prefix)
+    }
+
+
+def _full(state: dict[str, Tensor]) -> Any:
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    build: Any = diffusers.AutoencoderKL
+    with torch.device("meta"):
+        module = build(**_SDXL)
+    convert: Any = convert_ldm_vae_checkpoint
+    converted = convert(state, module.config)
+    module.load_state_dict(converted, assign=True)
+    return module
+
+
+def _tiny(state: Mapping[str, Tensor]) -> Any:
+    """TAESD in ComfyUI's names (``taesd_encoder.0.weight``)."""
+    import diffusers
+
+    build: Any = diffusers.AutoencoderTiny
+    with torch.device("meta"):
+        module = build(scaling_factor=1.0)
+    renamed = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"taesd_(encoder|decoder)\.(\d+)\.(.+)", name)
+        if match:
+            # TAESD counts the decoder's clamp as its first layer; diffusers does not.
+            number = int(match[2]) - (match[1] == "decoder")
+            renamed[f"{match[1]}.layers.{number}.{match[3]}"] = tensor
+    module.load_state_dict(renamed, assign=True)
+    return module
+
+
+def _microworld_state() -> Mapping[str, Tensor]:
+    from microworld import files, random_weights
+
+    if files.VAE.is_file():
+        return files.read_weights(files.VAE)
+    return random_weights.vae_state_dict(_tiny_reference())
+
+
+def _tiny_reference() -> dict[str, Tensor]:
+    """TAESD's names and shapes."""
+    import diffusers
+
+    build: Any = diffusers.AutoencoderTiny
+    with torch.device("meta"):
+        state = build().state_dict()
+    names = {}
+    for name, tensor in state.items():
+        side, _, number, rest = name.split(".", 3)
+        names[f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"] = tensor
+    return names
+
+
+def _folder(folder: Path) -> Path:
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileMissingError(folder, "expected a diffusers folder with vae/config.json in it.")
+
+
+def _from_folder(folder: Path) -> Any:
+    import diffusers
+
+    config = read_json(folder / "config.json")
+    kind: Any = (
+        diffusers.AutoencoderTiny if "AutoencoderTiny" in str(config) else diffusers.AutoencoderKL
+    )
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)

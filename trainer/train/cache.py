@@ -1,0 +1,106 @@
+"""Tensors that are computed once: packs of safetensors, found by a hash of all that made them.
+
+A key covers the photo, the model and the options, so a stale entry is simply never asked for.
+Each pack is written in one step; a damaged one is deleted and its entries computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infinite_id_core.errors import FileError, NotFiniteError
+from infinite_id_core.files.checkpoint import read_header, replacing
+
+from ..errors import disk_errors
+
+PACK = 128  # entries per file
+_OPEN = 16  # files kept open per process
+
+_log = logging.getLogger(__name__)
+
+
+def key_of(*values: object) -> str:
+    """The name of a cached tensor: a hash of the plain values that it is made from."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every number is one."""
+    return bool(tensor.isfinite().all())
+
+
+class FeatureCache:
+    """A folder of packs. Safe to read in worker processes; one writer per entry."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._packs: dict[str, Path] = {}
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is there: another process may have written."""
+        known = set(self._packs.values())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path in known:
+                continue
+            try:
+                names = read_header(path).tensors
+            except FileError as error:
+                _log.warning("Computing the contents of a damaged cache file again: %s", error)
+                path.unlink(missing_ok=True)
+                continue
+            self._packs.update(dict.fromkeys(names, path))
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that are not there, once each, in order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._packs]
+
+    def write(self, entries: Mapping[str, Tensor]) -> None:
+        """Keep the tensors that are not there yet.
+
+        An entry never changes: computed again in another batch it would differ by rounding, and
+        a resumed run with it. Raises ``NotFiniteError`` (a number that is none would spoil every
+        later run), ``DiskFullError``; nothing half-written stays.
+        """
+        tensors = {key: entries[key].cpu().contiguous() for key in self.missing(entries)}
+        if not tensors:
+            return
+        path = self.folder / f"{key_of(*sorted(tensors))}.safetensors"
+        for key, tensor in tensors.items():
+            if not finite(tensor):
+                raise NotFiniteError(path, f"was not written: {key} holds NaN or infinity.")
+        with disk_errors(path), replacing(path) as temporary:
+            save_file(tensors, temporary)
+        self._packs.update(dict.fromkeys(tensors, path))
+
+    def read(self, key: str) -> Tensor:
+        """One tensor. Raises ``NotFiniteError`` for one that is no number: of an older release."""
+        path = self._packs[key]
+        file = self._open.pop(path, None)
+        if file is None:
+            if len(self._open) >= _OPEN:
+                self._open.popitem(last=False)
+            file = safe_open(path, framework="pt")
+        self._open[path] = file
+        tensor: Tensor = file.get_tensor(key)
+        if not finite(tensor):
+            raise NotFiniteError(
+                path, f"this cache file holds NaN or infinity (entry {key}). Delete it and run the "
+                "same command again: what it held is computed anew."
+            )  # fmt: skip
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}

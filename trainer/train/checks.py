@@ -1,0 +1,232 @@
+"""What a run needs, looked at before anything long starts: by the run itself, and by its dry run.
+
+Nothing is loaded that takes memory or time: of models only names, shapes and configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infinite_id_core.errors import ModelMismatchError
+from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.hosts.diffusers_unet import unet_layers
+from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.packages import require
+
+from ..config import Device, FileDtype, Precision, TrainConfig
+from ..data_index import Dataset
+from ..errors import ConfigValueError
+from ..likeness import InsightFaceRecogniser, Recogniser
+from ..models.text import check_text_encoders
+from ..models.unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
+from ..models.vae import check_vae
+from ..prompts import read_prompts
+from . import state
+from .features import check_clip_vision, clip_width, fingerprints_of, reference_row
+from .log import logger
+from .samples import Fingerprints, Plan
+
+DTYPES: dict[Precision | FileDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CheckedRun:
+    """A run that may start, and what was found out on the way."""
+
+    plan: Plan
+    held_out: Plan | None
+    """Of the people that previews show."""
+    unet: Any
+    """The configured UNet on the meta device, in its working precision."""
+    fingerprints: Fingerprints
+    recorded: AdapterConfig
+    """What is recorded with the adapter."""
+    record: state.RunRecord
+    """What the run's checkpoints say of it, at step 0."""
+    recogniser: Recogniser | None
+    """Scores previews."""
+
+
+def check_run(
+    config: TrainConfig,
+    start: Path | None,
+    global_batch: int,
+    *,
+    world: int | None = None,
+    changed: bool = False,
+    recogniser: Recogniser | None = None,
+) -> CheckedRun:
+    """Look at everything a run will meet.
+
+    ``start``: the checkpoint it goes on from; ``global_batch``: samples of one optimiser step;
+    ``world``: processes, None where they are not known; ``changed``: it may go on with other
+    settings. Raises named errors of data, files,
+    models, packages and configuration, ``ResumeError``.
+    """
+    check_device(config.run.device)
+    _check_packages(config)
+    plan = check_data(config, global_batch)
+    unet = build_meta(config)
+    check_models(config)
+    fingerprints = fingerprints_of(config)
+    record = state.RunRecord(
+        config=config.to_json(),
+        fingerprints={
+            "dataset": plan.dataset.info.fingerprint,
+            "unet": unet_fingerprint(config.model.unet),
+            **vars(fingerprints),
+        },
+        world=world,
+    )
+    if start is not None:
+        record = record.following(state.read_record(start), start, changed)
+    recorded = adapter_config(config, plan.dataset, int(unet.config.cross_attention_dim))
+    if config.adapter.start_from:
+        widths = {layer.path: layer.width for layer in unet_layers(unet)}
+        adapter_to_start_from(config.adapter.start_from, recorded, widths)
+    held_out = check_held_out(config, global_batch)
+    if held_out is not None and config.previews.prompts:
+        _check_prompts(config.previews.prompts, unet)
+    if held_out is not None and recogniser is None and config.previews.face_models:
+        recogniser = InsightFaceRecogniser(config.previews.face_models)
+    return CheckedRun(
+        plan=plan,
+        held_out=held_out,
+        unet=unet,
+        fingerprints=fingerprints,
+        recorded=recorded,
+        record=record,
+        recogniser=recogniser,
+    )
+
+
+def check_device(device: Device) -> torch.device:
+    """The device that ``run.device`` stands for. Raises ``ConfigValueError`` where it is absent."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, found in there.items() if found))
+    if not there[device]:
+        raise ConfigValueError(
+            f"run.device is {device!r}, and torch {torch.__version__} finds no such device here. "
+            'Install torch for it, or set run.device = "auto".'
+        )
+    return torch.device(device)
+
+
+def _check_packages(config: TrainConfig) -> None:
+    if config.optimiser.kind == "adamw8bit":
+        purpose = "for optimiser.kind = 'adamw8bit' (or use 'adamw')"
+        require("bitsandbytes", purpose, "bitsandbytes")
+    if config.log.tensorboard:
+        purpose = "to log (or set log.tensorboard=false)"
+        require("torch.utils.tensorboard", purpose, "tensorboard")
+
+
+def check_data(config: TrainConfig, global_batch: int) -> Plan:
+    """The people and photos that are learned from: there are pairs, and photos can be read."""
+    dataset = Dataset(config.data.folder, config.filters, "train")
+    plan = Plan(config, dataset, global_batch)
+    plan.choice(0)
+    dataset.photo(0)
+    return plan
+
+
+def check_models(config: TrainConfig) -> None:
+    """The models whose outputs are cached: their files hold what they should."""
+    check_vae(config.model.vae_source)
+    check_clip_vision(config.encoder)
+    if config.objective.reads_text:
+        check_text_encoders(config.model.text_source)
+
+
+def build_meta(config: TrainConfig) -> Any:
+    """The configured UNet on the meta device, in its working precision.
+
+    Raises ``NotSDXLError``, subclasses of ``FileError``.
+    """
+    import diffusers
+
+    described = describe_unet(config.model.unet, head_width=config.model.head_width)
+    build: Any = diffusers.UNet2DConditionModel
+    with torch.device("meta"):
+        unet = build(**described)
+    # diffusers' own warns of layers SDXL has none of
+    torch.nn.Module.to(unet, DTYPES[config.optimiser.precision])
+    return unet.requires_grad_(False)
+
+
+def adapter_config(config: TrainConfig, dataset: Dataset, context_width: int) -> AdapterConfig:
+    """What is recorded with the adapter."""
+    encoder = config.encoder
+    return AdapterConfig(
+        clip_width=clip_width(encoder),
+        context_width=context_width,
+        recogniser=dataset.info.recogniser,
+        clip_model=encoder.clip_model.removesuffix("-quickgelu"),
+        clip_layer=encoder.clip_layer,
+        embedding=encoder.embedding,
+        face_tokens=config.adapter.face_tokens,
+        base_model=unet_name(config.model.unet),
+        dataset_fingerprint=dataset.info.fingerprint,
+        licence_note=config.run.licence_note,
+    )
+
+
+def adapter_to_start_from(
+    path: str | Path, recorded: AdapterConfig, widths: Mapping[str, int]
+) -> Adapter:
+    """The adapter of ``adapter.start_from``. Raises ``ModelMismatchError`` where it does not fit
+    what this run records and its UNet's ``widths`` by layer path, subclasses of ``FileError``."""
+    before = read_adapter(path)
+    same = ("clip_width", "context_width", "face_tokens", "recogniser", "clip_model", "clip_layer",
+            "embedding")  # fmt: skip
+    wrong = [n for n in same if getattr(before.config, n) != getattr(recorded, n)]
+    if wrong or before.widths != widths:
+        pairs = [f"{n}: {getattr(before.config, n)!r}, now {getattr(recorded, n)!r}" for n in wrong]
+        raise ModelMismatchError(
+            f"{path}: cannot go on from this adapter "
+            f"({'; '.join(pairs) or 'it was made for a UNet of another shape'})."
+        )
+    return before
+
+
+def check_held_out(config: TrainConfig, global_batch: int) -> Plan | None:
+    """The people that previews show: there is one, and their photos can be read.
+
+    None where no previews are made.
+    """
+    if not config.previews.every:
+        return None
+    dataset = Dataset(config.data.folder, config.filters, "held_out")
+    people = dataset.identities[: config.previews.people]
+    if len(people) < config.previews.people:
+        logger.warning(
+            "previews.people is %d, and no more than %d are held out with photos that pass the "
+            "filters.", config.previews.people, len(people),
+        )  # fmt: skip
+    for name in people:
+        dataset.photo(reference_row(dataset, name))
+    return Plan(config, dataset, global_batch)
+
+
+def _check_prompts(path: str, unet: Any) -> None:
+    shape = unet.config
+    ids = SIZE_IDS * shape.addition_time_embed_dim
+    pooled = int(shape.projection_class_embeddings_input_dim - ids)
+    read_prompts(path).check(int(shape.cross_attention_dim), pooled)

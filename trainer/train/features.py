@@ -1,0 +1,317 @@
+"""What the frozen encoders say of the photos, computed once and kept in the caches.
+
+Photos are decoded, cut and aligned in worker processes; the encoders run here. Each process of a
+run computes its part. A killed run loses at most one unwritten pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infinite_id_core.encoders.encoders import (
+    OpenClipVision,
+    build_open_clip,
+    check_open_clip,
+    hidden_states,
+    load_open_clip,
+)
+from infinite_id_core.errors import EncoderError, FileError
+from infinite_id_core.faces.face import CROP_SIZE, align
+from infinite_id_core.packages import require
+
+from ..config import Encoder, TrainConfig
+from ..data_index import Dataset, Row
+from ..errors import NotCachedError
+from ..files import sampled_sha256
+from ..models.text import load_text_encoders, text_fingerprint
+from ..models.unet import MICROWORLD
+from ..models.vae import load_vae, vae_fingerprint
+from ..shards import SHARDS
+from .cache import PACK, FeatureCache, finite
+from .samples import Caches, Fingerprints, Keys, Plan
+from .workers import batches, leave_signals, refused
+
+Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
+"""``(label, things, how many)`` -> the same things, with a bar."""
+
+_CAPTIONS = 16  # encoded at a time
+
+
+# --- encoders --------------------------------------------------------------------------------
+
+
+def load_clip_vision(encoder: Encoder) -> OpenClipVision:
+    """E_clip of a configuration. Raises as ``load_open_clip``."""
+    if encoder.clip_model == MICROWORLD:
+        from microworld.random_weights import open_clip_config_and_weights
+
+        config, weights = open_clip_config_and_weights()
+        return build_open_clip(config, weights, MICROWORLD)
+    return load_open_clip(encoder.clip_model, encoder.clip_weights)
+
+
+def check_clip_vision(encoder: Encoder) -> None:
+    """Find the encoder, with names and shapes, without reading its weights.
+
+    Raises as ``load_clip_vision``.
+    """
+    if encoder.clip_model != MICROWORLD:
+        check_open_clip(encoder.clip_model, encoder.clip_weights)
+
+
+def clip_width(encoder: Encoder) -> int:
+    """D, without reading any weights. Raises ``EncoderError``."""
+    if encoder.clip_model == MICROWORLD:
+        from microworld.config import OPEN_CLIP
+
+        return int(OPEN_CLIP["vision_cfg"]["width"])
+    open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
+    config = open_clip.get_model_config(encoder.clip_model)
+    if config is None:
+        raise EncoderError(f"open_clip knows no model {encoder.clip_model!r}.")
+    return int(config["vision_cfg"]["width"])
+
+
+def clip_fingerprint(encoder: Encoder) -> str:
+    """Changes when the weights do. Raises ``FileMissingError``."""
+    if encoder.clip_model != MICROWORLD:
+        return f"{encoder.clip_model} {sampled_sha256(Path(encoder.clip_weights))}"
+    from microworld import files
+
+    return sampled_sha256(files.OPEN_CLIP) if files.OPEN_CLIP.is_file() else "random"
+
+
+def fingerprints_of(config: TrainConfig) -> Fingerprints:
+    """Of all models whose outputs are cached; no weights are loaded."""
+    return Fingerprints(
+        vae=vae_fingerprint(config.model.vae_source),
+        clip=clip_fingerprint(config.encoder),
+        text=text_fingerprint(config.model.text_source) if config.objective.reads_text else "",
+    )
+
+
+# --- photos ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoJob:
+    """What is missing of one photo."""
+
+    row: int
+    crops: tuple[int, ...]
+    """Which crops' latents."""
+    clip: bool
+
+
+def photo_jobs(plan: Plan, keys: Keys, caches: Caches, rows: Sequence[int]) -> list[PhotoJob]:
+    """All that is missing for ``rows`` of the plan's dataset as targets and references."""
+    jobs = []
+    for number in rows:
+        row = plan.dataset.row(number)
+        crops = range(plan.config.data.crops_per_photo)
+        wanted = {keys.latent(row, plan.crop(number, k)): k for k in crops}
+        # All crops of a photo or none: batches, and so every bit, are the same after a restart.
+        missing = bool(caches.latents.missing(wanted))
+        clip = bool(caches.clip.missing([keys.clip(row)]))
+        if missing or clip:
+            which = tuple(wanted.values()) if missing else ()
+            jobs.append(PhotoJob(row=number, crops=which, clip=clip))
+    return jobs
+
+
+class JobPictures(torch.utils.data.Dataset[dict[str, Any]]):
+    """Job number -> its pictures; runs in worker processes."""
+
+    def __init__(self, plan: Plan, jobs: Sequence[PhotoJob]) -> None:
+        self.plan = plan
+        self.jobs = jobs
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``pixels [crops, 3, H, W]`` and ``face [S, S, 3]``, or None; or ``refused``."""
+        job = self.jobs[index]
+        try:
+            photo = self.plan.dataset.photo(job.row)
+        except FileError as error:
+            return refused(error)
+        crops = [self.plan.crop(job.row, k).cut(photo) for k in job.crops]
+        face = aligned_face(self.plan, job.row, photo) if job.clip else None
+        return {
+            "job": job,
+            "pixels": torch.stack([_pixels(c).permute(2, 0, 1) for c in crops]) if crops else None,
+            "face": face,
+        }
+
+
+def aligned_face(plan: Plan, row: int, photo: Image.Image) -> Tensor:
+    """FA as the nodes do it: ``[224, 224, 3]`` in [0, 1]."""
+    landmarks = np.asarray(plan.dataset.row(row).landmarks, dtype=np.float64)
+    return align(_pixels(photo), landmarks, CROP_SIZE, plan.config.encoder.padding)
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """``[H, W, 3]`` in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
+
+
+# --- computing -------------------------------------------------------------------------------
+
+
+def compute_missing(
+    plan: Plan,
+    keys: Keys,
+    caches: Caches,
+    device: torch.device,
+    *,
+    held_out: Plan | None = None,
+    part: tuple[int, int] = (0, 1),
+    progress: Progress,
+) -> int:
+    """Fill the caches for training and for the held-out people's references.
+
+    ``part`` is (this process, how many). Returns how many tensors were made. Raises what loading
+    the encoders and reading the shards raises, ``NotCachedError``, ``DiskFullError``.
+    """
+    rank, world = part
+    jobs = photo_jobs(plan, keys, caches, range(len(plan.dataset)))[rank::world]
+    made = _compute_photos(plan, keys, caches, jobs, device, progress)
+    if held_out is not None:
+        references = [reference_row(held_out.dataset, n) for n in held_out.dataset.identities]
+        missing = [
+            PhotoJob(row=row, crops=(), clip=True)
+            for row in references[: plan.config.previews.people]
+            if caches.clip.missing([keys.clip(held_out.dataset.row(row))])
+        ]
+        made += _compute_photos(held_out, keys, caches, missing[rank::world], device, progress)
+    if plan.config.objective.reads_text:
+        made += _compute_captions(plan, keys, caches, device, part, progress)
+    return made
+
+
+def reference_row(dataset: Dataset, identity: str) -> int:
+    """The photo of a person that previews are made from: the one most like their centroid."""
+    rows = dataset.rows_of(identity)
+    return max(rows, key=lambda row: dataset.row(row).similarity)
+
+
+def _compute_photos(
+    plan: Plan,
+    keys: Keys,
+    caches: Caches,
+    jobs: Sequence[PhotoJob],
+    device: torch.device,
+    progress: Progress,
+) -> int:
+    if not jobs:
+        return 0
+    vae = load_vae(plan.config.model.vae_source) if any(job.crops for job in jobs) else None
+    clip = load_clip_vision(plan.config.encoder) if any(job.clip for job in jobs) else None
+    if vae is not None:
+        vae.module.to(device)
+    if clip is not None:
+        clip.model.to(device)
+    latents, states = _Pack(caches.latents), _Pack(caches.clip)
+    loader: Any = torch.utils.data.DataLoader(
+        JobPictures(plan, jobs),
+        batch_size=None,
+        num_workers=plan.config.data.workers,
+        worker_init_fn=leave_signals,
+    )
+    with batches(loader) as photos:
+        for pictures in progress("latents and identity features", photos, len(jobs)):
+            job: PhotoJob = pictures["job"]
+            row = plan.dataset.row(job.row)
+            if vae is not None and pictures["pixels"] is not None:
+                encoded = vae.encode(pictures["pixels"].to(device)).half()
+                _check_finite(encoded, "The autoencoder", "model.vae", _photo(plan, row))
+                names = [keys.latent(row, plan.crop(job.row, k)) for k in job.crops]
+                latents.add(dict(zip(names, encoded.cpu(), strict=True)))
+            if clip is not None and pictures["face"] is not None:
+                layer = plan.config.encoder.clip_layer
+                encoded = hidden_states(clip, [pictures["face"]], layer)[0].half()
+                _check_finite(
+                    encoded, "The image encoder", "encoder.clip_weights", _photo(plan, row)
+                )
+                states.add({keys.clip(row): encoded})
+    latents.close()
+    states.close()
+    return latents.count + states.count
+
+
+def _compute_captions(
+    plan: Plan,
+    keys: Keys,
+    caches: Caches,
+    device: torch.device,
+    part: tuple[int, int],
+    progress: Progress,
+) -> int:
+    captions = [""]
+    if plan.config.objective.mode == "entangled":
+        captions += dict.fromkeys(plan.dataset.table["caption"].to_pylist())
+    by_key = {keys.text(caption): caption for caption in captions}
+    missing = caches.text.missing(by_key)[part[0] :: part[1]]
+    if not missing:
+        return 0
+    encoders = load_text_encoders(plan.config.model.text_source).to(device)
+    pack = _Pack(caches.text)
+    parts = list(_batches(missing, _CAPTIONS))
+    for batch in progress("captions", parts, len(parts)):
+        prompt = encoders.encode([by_key[key] for key in batch])
+        for key, context, pooled in zip(batch, prompt.context, prompt.pooled, strict=True):
+            entries = {key: context.half().cpu(), f"{key}.pooled": pooled.half().cpu()}
+            for tensor in entries.values():
+                caption = f"the caption {by_key[key]!r}"
+                _check_finite(tensor, "The text encoder", "model.text_encoders", caption)
+            pack.add(entries)
+    pack.close()
+    return pack.count
+
+
+def _photo(plan: Plan, row: Row) -> str:
+    return f"photo {row.key} of {row.identity} in {plan.dataset.folder / SHARDS / row.shard}"
+
+
+def _check_finite(tensor: Tensor, model: str, key: str, what: str) -> None:
+    if not finite(tensor):
+        raise NotCachedError(
+            f"{model} gives NaN or infinity for {what}. Nothing of it was cached. The file in "
+            f"{key} is damaged, or its numbers are too large for 16 bits: give another one."
+        )
+
+
+def _batches(things: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(things), size):
+        yield things[start : start + size]
+
+
+class _Pack:
+    """Collects entries and writes them by the pack."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+        self.count = 0
+        self._entries: dict[str, Tensor] = {}
+
+    def add(self, entries: dict[str, Tensor]) -> None:
+        """Entries that belong together; they go into one pack."""
+        self._entries.update(entries)
+        self.count += len(entries)
+        if len(self._entries) >= PACK:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._entries:
+            self.cache.write(self._entries)
+            self._entries = {}

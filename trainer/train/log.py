@@ -1,0 +1,108 @@
+"""What a run tells of itself: a progress bar, and TensorBoard's event files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from infinite_id_core.packages import require
+from infinite_id_core.sdxl.schedule import TIMESTEPS
+
+from ..config import TrainConfig
+
+logger = logging.getLogger("trainer")
+
+
+def bar(label: str, things: Iterable[Any], count: int) -> Iterable[Any]:
+    """``things`` with a progress bar on the main process's terminal."""
+    shown: Iterable[Any] = tqdm(things, total=count, desc=label, dynamic_ncols=True)
+    return shown
+
+
+def no_bar(label: str, things: Iterable[Any], count: int) -> Iterable[Any]:
+    """``things`` as they are: for the other processes."""
+    return things
+
+
+class RunLog:
+    """Means over windows of steps. Only the main process has one that does anything."""
+
+    def __init__(self, config: TrainConfig, first_step: int, *, main: bool) -> None:
+        """Raises ``MissingPackageError`` where TensorBoard is wanted and absent."""
+        self.config = config
+        self.main = main
+        self.writer: Any = None
+        if main and config.log.tensorboard:
+            purpose = "to log (or set log.tensorboard=false)"
+            module = require("torch.utils.tensorboard", purpose, "tensorboard")
+            folder = Path(config.run.output) / "logs"
+            self.writer = module.SummaryWriter(str(folder), purge_step=first_step)
+        self.bar = tqdm(
+            total=config.run.steps, initial=first_step, desc="train", dynamic_ncols=True,
+            disable=not main,
+        )  # fmt: skip
+        self._clear()
+
+    def _clear(self) -> None:
+        bands = self.config.log.bands
+        self.sums, self.counts = torch.zeros(bands), torch.zeros(bands)
+        self.norms: list[float] = []
+        self.started = time.monotonic()
+
+    def step(self, step: int, losses: Tensor, timesteps: Tensor, norm: float, rate: float) -> None:
+        """One finished step (counted from 1): plain losses ``[G]`` at timesteps ``[G]``."""
+        if not self.main:
+            return
+        bands = self.config.log.bands
+        which = (timesteps.long() * bands // TIMESTEPS).cpu()
+        self.sums.index_add_(0, which, losses.cpu())
+        self.counts.index_add_(0, which, torch.ones_like(losses.cpu()))
+        self.norms.append(norm)
+        self.bar.update(1)
+        if step % self.config.log.every == 0 or step == self.config.run.steps:
+            self._write(step, rate)
+
+    def _write(self, step: int, rate: float) -> None:
+        seconds = time.monotonic() - self.started
+        mean = float(self.sums.sum() / self.counts.sum())
+        images = float(self.counts.sum()) / max(seconds, 1e-9)
+        self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{images:.1f}", refresh=False)
+        values = {
+            "loss/all": mean,
+            "gradient_norm": sum(self.norms) / len(self.norms),
+            "images_per_second": images,
+            "rate": rate,
+        }
+        width = TIMESTEPS // self.config.log.bands
+        for band in range(self.config.log.bands):
+            if self.counts[band]:
+                name = f"loss/timesteps_{band * width:03d}_to_{(band + 1) * width - 1:03d}"
+                values[name] = float(self.sums[band] / self.counts[band])
+        self.scalars(step, values)
+        self._clear()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write some numbers of a step."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, names: Sequence[str], pictures: Sequence[Tensor]) -> None:
+        """Write pictures ``[3, H, W]`` in [0, 1] of a step."""
+        if self.writer is not None:
+            for name, picture in zip(names, pictures, strict=True):
+                self.writer.add_image(f"preview/{name}", picture, step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left and let the terminal go."""
+        if self.writer is not None:
+            self.writer.close()
+        self.bar.close()
