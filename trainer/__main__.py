@@ -13,7 +13,7 @@ from infinite_id_core.files.system import named
 # Command -> module with main(argv) -> exit status, and what it is for.
 COMMANDS = {
     "prepare": ("trainer.prepare.cli", "photos to training shards"),
-    "train": ("trainer.train", "training shards to an adapter"),
+    "train": ("trainer.train.cli", "training shards to an adapter"),
     "generate": ("trainer.generate", "pictures of a person, without ComfyUI"),
     "evaluate": ("trainer.evaluate", "likeness and prompt scores of pictures"),
     "inspect": ("trainer.inspect", "what a file holds, and whether it is sound"),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lab import __main__
 from lab.train import pieces, side_by_side
-from microworld import __main__
 
 
 @pytest.fixture

@@ -95,15 +95,15 @@ def test_same_preprocessing(pack, shape, crop):
 
 def test_comfyuis_encoder_makes_the_same_identity(pack, ours, theirs):
     core = pack.infinite_id_core
-    face = core.face.AlignedFace(
+    face = core.faces.face.AlignedFace(
         crop=pictures(224, 224, 3),
         embedding=torch.arange(512.0),
         recogniser="made/reader",
-        detected=core.face.DetectedFace(box=(0, 0, 1, 1), landmarks=None, score=1.0),
+        detected=core.faces.face.DetectedFace(box=(0, 0, 1, 1), landmarks=None, score=1.0),
     )
     for layer in ("last", "penultimate"):
-        options = core.encoders.EncodeOptions(clip_layer=layer)
-        a, b = (core.encoders.embed([face], v, options) for v in (ours, theirs))
+        options = core.encoders.encoders.EncodeOptions(clip_layer=layer)
+        a, b = (core.encoders.encoders.embed([face], v, options) for v in (ours, theirs))
         assert relative(a.clip, b.clip) < SAME and relative(a.face, b.face) < 1e-6
     assert b.config.clip_model == "vit-96"
 

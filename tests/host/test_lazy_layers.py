@@ -84,9 +84,9 @@ def lazy_count(module: torch.nn.Module) -> int:
 def test_an_adapter_of_lazy_layers_is_the_adapter(pack: Any) -> None:
     core, model = pack.infinite_id_core, tiny_model()
     wanted = tiny_adapter(pack, model).adapter
-    empty = core.adapter.Adapter(adapter_config(pack), wanted.widths, LazyLayers)
+    empty = core.method.adapter.Adapter(adapter_config(pack), wanted.widths, LazyLayers)
     assert not list(empty.parameters()) and empty.widths == wanted.widths
-    found = core.checkpoint.build_adapter(wanted.config, wanted.state_dict(), LazyLayers)
+    found = core.files.checkpoint.build_adapter(wanted.config, wanted.state_dict(), LazyLayers)
     assert lazy_count(found) == len(wanted.state_dict()) - 6  # the mappers' have two weights
     assert found.widths == wanted.widths and list(found.state_dict()) == list(wanted.state_dict())
     face, clip = torch.randn(1, 512), torch.randn(1, 257, CLIP_WIDTH)
