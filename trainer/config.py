@@ -304,6 +304,31 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The loss on people held out of training, on the same samples at every evaluation."""
+
+    every: int = 0
+    """Steps between evaluations; one is also made at the end; 0 makes none. The weights with the
+    best one are kept, as a checkpoint and as ``best.safetensors``."""
+    people: int = 4
+    """How many held-out people; fewer are an error."""
+    pairs: int = 4
+    """How many pairs of photos of each, or as many as there are. Each pair is asked once in every
+    band of timesteps."""
+    bands: int = 4
+    """Equal ranges of timesteps, each with as many samples and a loss of its own."""
+    seed: int = 0
+    """Pairs, crops, noise and timesteps derive from it, and not from ``run.seed``: runs that differ
+    in that are evaluated alike."""
+
+    def __post_init__(self) -> None:
+        _in_range(
+            "validation", self, every=(0, 10**9), people=(1, 10**4), pairs=(1, 10**3),
+            bands=(1, TIMESTEPS), seed=(0, 2**63 - 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Previews:
     """Pictures of people held out of training."""
 
@@ -351,6 +376,7 @@ class TrainConfig:
     optimiser: Optimiser = field(default_factory=Optimiser)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
+    validation: Validation = field(default_factory=Validation)
     previews: Previews = field(default_factory=Previews)
 
     def __post_init__(self) -> None:

@@ -232,9 +232,9 @@ class Dataset:
             table = table.filter(pc.equal(table["split"], split))
             if split == "held_out" and not table.num_rows:
                 raise FilterError(
-                    f"{self.folder}: nobody is held out of training, so nobody can be shown in "
-                    "previews. Prepare the photos again with a larger --held-out (finished parts "
-                    "are kept), or set previews.every = 0."
+                    f"{self.folder}: nobody is held out of training, so there is nobody for "
+                    "previews and validation. Prepare the photos again with a larger --held-out "
+                    "(finished parts are kept), or set previews.every = 0 and validation.every = 0."
                 )
         self._table = self._filtered(table)
         self._reader = ShardReader(self.folder)

@@ -37,6 +37,10 @@ class FilterError(DataError):
     """The filters leave nothing to train on; the message says which one removed how much."""
 
 
+class TooFewPeopleError(DataError):
+    """Fewer people are held out than validation asks for; the message counts them."""
+
+
 class DatasetError(FileError):
     """A folder is not a finished, sound dataset of this project."""
 

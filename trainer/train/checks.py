@@ -30,6 +30,7 @@ from . import state
 from .features import check_clip_vision, clip_width, fingerprints_of, reference_row
 from .log import logger
 from .samples import Fingerprints, Plan
+from .validation_set import ValidationPlan
 
 DTYPES: dict[Precision | FileDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -48,6 +49,7 @@ class CheckedRun:
     plan: Plan
     held_out: Plan | None
     """Of the people that previews show."""
+    validation: ValidationPlan | None
     unet: Any
     """The configured UNet on the meta device, in its working precision."""
     fingerprints: Fingerprints
@@ -97,6 +99,7 @@ def check_run(
         widths = {layer.path: layer.width for layer in unet_layers(unet)}
         adapter_to_start_from(config.adapter.start_from, recorded, widths)
     held_out = check_held_out(config, global_batch)
+    validation = check_validation(config)
     if held_out is not None and config.previews.prompts:
         _check_prompts(config.previews.prompts, unet)
     if held_out is not None and recogniser is None and config.previews.face_models:
@@ -104,6 +107,7 @@ def check_run(
     return CheckedRun(
         plan=plan,
         held_out=held_out,
+        validation=validation,
         unet=unet,
         fingerprints=fingerprints,
         recorded=recorded,
@@ -223,6 +227,19 @@ def check_held_out(config: TrainConfig, global_batch: int) -> Plan | None:
     for name in people:
         dataset.photo(reference_row(dataset, name))
     return Plan(config, dataset, global_batch)
+
+
+def check_validation(config: TrainConfig) -> ValidationPlan | None:
+    """The people that validation is on: there are enough, and their photos can be read.
+
+    None where there is no validation. Raises ``FilterError``, ``TooFewPeopleError``.
+    """
+    if not config.validation.every:
+        return None
+    plan = ValidationPlan(config, Dataset(config.data.folder, config.filters, "held_out"))
+    for row in sorted(plan.targets | plan.references):
+        plan.dataset.photo(row)
+    return plan
 
 
 def _check_prompts(path: str, unet: Any) -> None:

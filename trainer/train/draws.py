@@ -21,6 +21,9 @@ class Purpose(IntEnum):
     NOISE = 5
     CROP = 6
     PREVIEW = 7
+    VALIDATION_PAIR = 8
+    VALIDATION_TIMESTEP = 9
+    VALIDATION_NOISE = 10
 
 
 def generator(seed: int, number: int, purpose: Purpose) -> np.random.Generator:

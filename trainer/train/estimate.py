@@ -125,7 +125,9 @@ def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> in
     caches = 2 * features * len(dataset)
     weights = 4 * estimate.parameters * (1 + bool(config.optimiser.ema))
     moments = (2 if config.optimiser.kind == "adamw8bit" else 8) * estimate.parameters
-    checkpoints = (weights + moments) * (config.checkpoints.keep + 1)
+    checkpoints = (weights + moments) * (
+        config.checkpoints.keep + 1 + bool(config.validation.every)
+    )
     for folder, needed in ((data.cache_folder, caches), (Path(config.run.output), checkpoints)):
         place = next(p for p in (folder, *folder.resolve().parents) if p.is_dir())
         free = shutil.disk_usage(place).free

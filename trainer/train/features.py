@@ -37,6 +37,7 @@ from ..models.vae import load_vae, vae_fingerprint
 from ..shards import SHARDS
 from .cache import PACK, FeatureCache, finite
 from .samples import Caches, Fingerprints, Keys, Plan
+from .validation_set import ValidationPlan
 from .workers import batches, leave_signals, refused
 
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
@@ -174,10 +175,11 @@ def compute_missing(
     device: torch.device,
     *,
     held_out: Plan | None = None,
+    validation: ValidationPlan | None = None,
     part: tuple[int, int] = (0, 1),
     progress: Progress,
 ) -> int:
-    """Fill the caches for training and for the held-out people's references.
+    """Fill the caches for training, for the previews' references and for validation.
 
     ``part`` is (this process, how many). Returns how many tensors were made. Raises what loading
     the encoders and reading the shards raises, ``NotCachedError``, ``DiskFullError``.
@@ -185,17 +187,43 @@ def compute_missing(
     rank, world = part
     jobs = photo_jobs(plan, keys, caches, range(len(plan.dataset)))[rank::world]
     made = _compute_photos(plan, keys, caches, jobs, device, progress)
-    if held_out is not None:
-        references = [reference_row(held_out.dataset, n) for n in held_out.dataset.identities]
-        missing = [
-            PhotoJob(row=row, crops=(), clip=True)
-            for row in references[: plan.config.previews.people]
-            if caches.clip.missing([keys.clip(held_out.dataset.row(row))])
-        ]
-        made += _compute_photos(held_out, keys, caches, missing[rank::world], device, progress)
+    shown = validation or held_out
+    if shown is not None:
+        missing = held_out_jobs(held_out, validation, keys, caches)
+        made += _compute_photos(shown, keys, caches, missing[rank::world], device, progress)
     if plan.config.objective.reads_text:
-        made += _compute_captions(plan, keys, caches, device, part, progress)
+        captions = [] if validation is None else _captions(validation, sorted(validation.targets))
+        made += _compute_captions(plan, captions, keys, caches, device, part, progress)
     return made
+
+
+def held_out_jobs(
+    held_out: Plan | None, validation: ValidationPlan | None, keys: Keys, caches: Caches
+) -> list[PhotoJob]:
+    """All that is missing for previews and validation. Both plans are of one dataset's people."""
+    targets, references = set[int](), set[int]()
+    plan = validation or held_out
+    if plan is None:
+        return []
+    if held_out is not None:
+        people = held_out.dataset.identities[: held_out.config.previews.people]
+        references |= {reference_row(held_out.dataset, name) for name in people}
+    if validation is not None:
+        targets, references = targets | validation.targets, references | validation.references
+    jobs = []
+    for number in sorted(targets | references):
+        row = plan.dataset.row(number)
+        latent = number in targets and caches.latents.missing(
+            [keys.latent(row, plan.crop(number, 0))]
+        )
+        clip = number in references and caches.clip.missing([keys.clip(row)])
+        if latent or clip:
+            jobs.append(PhotoJob(row=number, crops=(0,) if latent else (), clip=bool(clip)))
+    return jobs
+
+
+def _captions(plan: Plan, rows: Iterable[int]) -> list[str]:
+    return [plan.dataset.row(row).caption for row in rows]
 
 
 def reference_row(dataset: Dataset, identity: str) -> int:
@@ -250,6 +278,7 @@ def _compute_photos(
 
 def _compute_captions(
     plan: Plan,
+    more: Sequence[str],
     keys: Keys,
     caches: Caches,
     device: torch.device,
@@ -258,7 +287,7 @@ def _compute_captions(
 ) -> int:
     captions = [""]
     if plan.config.objective.mode == "entangled":
-        captions += dict.fromkeys(plan.dataset.table["caption"].to_pylist())
+        captions += dict.fromkeys([*plan.dataset.table["caption"].to_pylist(), *more])
     by_key = {keys.text(caption): caption for caption in captions}
     missing = caches.text.missing(by_key)[part[0] :: part[1]]
     if not missing:

@@ -16,6 +16,8 @@ from infinite_id_core.packages import require
 from infinite_id_core.sdxl.schedule import TIMESTEPS
 
 from ..config import TrainConfig
+from .bands import band_name
+from .scalars import FILE, ScalarFile
 
 logger = logging.getLogger("trainer")
 
@@ -38,12 +40,14 @@ class RunLog:
         """Raises ``MissingPackageError`` where TensorBoard is wanted and absent."""
         self.config = config
         self.main = main
+        self.late = float("nan")  # the last entry's mean loss
         self.writer: Any = None
         if main and config.log.tensorboard:
             purpose = "to log (or set log.tensorboard=false)"
             module = require("torch.utils.tensorboard", purpose, "tensorboard")
             folder = Path(config.run.output) / "logs"
-            self.writer = module.SummaryWriter(str(folder), purge_step=first_step)
+            self.writer = module.SummaryWriter(str(folder), purge_step=first_step + 1)
+        self.file = ScalarFile(Path(config.run.output) / FILE, first_step) if main else None
         self.bar = tqdm(
             total=config.run.steps, initial=first_step, desc="train", dynamic_ncols=True,
             disable=not main,
@@ -71,7 +75,7 @@ class RunLog:
 
     def _write(self, step: int, rate: float) -> None:
         seconds = time.monotonic() - self.started
-        mean = float(self.sums.sum() / self.counts.sum())
+        mean = self.late = float(self.sums.sum() / self.counts.sum())
         images = float(self.counts.sum()) / max(seconds, 1e-9)
         self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{images:.1f}", refresh=False)
         values = {
@@ -80,19 +84,31 @@ class RunLog:
             "images_per_second": images,
             "rate": rate,
         }
-        width = TIMESTEPS // self.config.log.bands
         for band in range(self.config.log.bands):
             if self.counts[band]:
-                name = f"loss/timesteps_{band * width:03d}_to_{(band + 1) * width - 1:03d}"
+                name = f"loss/{band_name(band, self.config.log.bands)}"
                 values[name] = float(self.sums[band] / self.counts[band])
         self.scalars(step, values)
         self._clear()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write some numbers of a step."""
+        if self.file is not None:
+            self.file.add(step, values)
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def validated(self, step: int, numbers: dict[str, float], best: bool) -> None:
+        """Write an evaluation, and say it beside the training loss."""
+        self.scalars(step, numbers)
+        if self.main:
+            bands = ", ".join(f"{value:.4f}" for value in list(numbers.values())[1:])
+            logger.info(
+                "Step %d: validation %.4f (by band %s), training %.4f of late%s.",
+                step, numbers["validation/all"], bands, self.late,
+                "; the best so far" if best else "",
+            )  # fmt: skip
 
     def pictures(self, step: int, names: Sequence[str], pictures: Sequence[Tensor]) -> None:
         """Write pictures ``[3, H, W]`` in [0, 1] of a step."""

@@ -37,6 +37,7 @@ from .checks import (
     check_held_out,
     check_models,
     check_run,
+    check_validation,
 )
 from .features import compute_missing, fingerprints_of
 from .fellows import Fellows
@@ -45,6 +46,8 @@ from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
 from .previews import Preview, Previewer, scores
 from .samples import Caches, Keys, Plan, Samples, Share, loader
+from .validation import Validator
+from .validation_set import ValidationPlan
 from .workers import batches
 
 INTERRUPTED = 143  # exit status after SIGTERM, as shells count it
@@ -96,14 +99,19 @@ def fill_caches(config: TrainConfig) -> bool:
     with _Processes(config) as processes, processes.losses_named():
         plan = check_data(config, 1)
         check_models(config)
-        held_out = check_held_out(config, 1)
+        held_out, validation = check_held_out(config, 1), check_validation(config)
         keys = Keys(config=config, fingerprints=fingerprints_of(config))
-        _fill(plan, held_out, keys, Caches.below(config), processes)
+        _fill(plan, held_out, validation, keys, Caches.below(config), processes)
         return not processes.any_stop()
 
 
 def _fill(
-    plan: Plan, held_out: Plan | None, keys: Keys, caches: Caches, processes: _Processes
+    plan: Plan,
+    held_out: Plan | None,
+    validation: ValidationPlan | None,
+    keys: Keys,
+    caches: Caches,
+    processes: _Processes,
 ) -> None:
     """Fill the caches, each process its part; a stopped run does the rest when resumed."""
 
@@ -121,6 +129,7 @@ def _fill(
             caches,
             processes.device,
             held_out=held_out,
+            validation=validation,
             part=(processes.rank, processes.world),
             progress=until_asked_to_stop,
         )
@@ -359,8 +368,9 @@ class _Trainer:
             scaler=self.scaler,
         )
         self.first = self._load(start)
-        _fill(self.plan, self.held_out, self.keys, self.caches, processes)
+        _fill(self.plan, self.held_out, checked.validation, self.keys, self.caches, processes)
         self.previewer = self._previewer(checked.recogniser)
+        self.validator = self._validator(checked.validation)
         self.objective = Objective(
             self.loaded.schedule,
             config.objective.min_snr,
@@ -399,6 +409,12 @@ class _Trainer:
             recogniser,
         )
 
+    def _validator(self, plan: ValidationPlan | None) -> Validator | None:
+        if plan is None:
+            return None
+        device, before = self.processes.device, self.record.validated
+        return Validator(plan, self.keys, self.caches, self.loaded, device, before)
+
     # --- stepping ---
 
     def run(self) -> Outcome:
@@ -417,6 +433,8 @@ class _Trainer:
                 reading as read,
                 memory_errors("training", LESS_MEMORY),
             ):
+                if not stopped and self._validate(step, log):
+                    self._save(step)  # it stopped before it came to that
                 while step < steps and not stopped:
                     stopped = self._step(step, read, log)
                     step += 1
@@ -515,11 +533,30 @@ class _Trainer:
 
     def _after(self, step: int, stopped: bool, log: RunLog) -> None:
         config = self.config
-        if stopped or step % config.checkpoints.every == 0 or step == config.run.steps:
+        best = False
+        if not stopped or step == config.run.steps:
+            best = self._validate(step, log) and self._is_best(step)
+        if stopped or best or step % config.checkpoints.every == 0 or step == config.run.steps:
             self._save(step)
         due = config.previews.every and step % config.previews.every == 0
         if self.previewer is not None and due and not stopped:
             self._preview(step, log)
+
+    def _validate(self, step: int, log: RunLog) -> bool:
+        """Evaluate the weights if it is time to. Returns whether that was done."""
+        if self.validator is None or not self.validator.due(step):
+            return False
+        part = (self.processes.rank, self.processes.world)
+        adapter = self.average or self.adapter
+        mine = self.validator.losses(adapter, self._autocast, part)
+        numbers = self.validator.note(step, self.processes.gather_objects(mine))
+        log.validated(step, numbers, best=self._is_best(step))
+        if self._is_best(step):
+            self._write("best.safetensors", step)
+        return True
+
+    def _is_best(self, step: int) -> bool:
+        return self.validator is not None and self.validator.standing.best == step
 
     def _preview(self, step: int, log: RunLog) -> None:
         assert self.previewer is not None
@@ -535,12 +572,20 @@ class _Trainer:
             if adapter is not None:
                 adapter.config = dataclasses.replace(adapter.config, training_step=step)
         if self.processes.main:
+            if self.validator is not None:
+                validated = self.validator.standing.to_json()
+                self.record = dataclasses.replace(self.record, validated=validated)
             state.save(self.folder, dataclasses.replace(self.record, step=step), self.snapshot)
-            state.keep_last(self.folder, self.config.checkpoints.keep)
+            best = (self.record.validated or {}).get("best")
+            state.keep_last(self.folder, self.config.checkpoints.keep, best)
         self.processes.wait()
 
     def _finish(self, step: int) -> Path:
-        path = Path(self.config.run.output) / "adapter.safetensors"
+        return self._write("adapter.safetensors", step)
+
+    def _write(self, name: str, step: int) -> Path:
+        """Write the weights for use, as they are after ``step``."""
+        path = Path(self.config.run.output) / name
         chosen = self.average or self.adapter
         chosen.config = dataclasses.replace(chosen.config, training_step=step)
         if self.processes.main:

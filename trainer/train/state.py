@@ -33,6 +33,7 @@ _FREE = {
     "log": {"tensorboard", "every", "bands"},
     "model": {"unet", "vae", "text_encoders"},  # their fingerprints are compared instead
     "encoder": {"clip_weights"},
+    "validation": None,
     "previews": None,
 }
 
@@ -60,6 +61,8 @@ class RunRecord:
 
     changes: tuple[dict[str, Any], ...] = ()
     """Where the run went on with other settings: ``step`` and ``changed``, a list of texts."""
+    validated: dict[str, Any] | None = None
+    """``Standing.to_json``; None where nothing was evaluated."""
 
     def following(self, other: RunRecord, path: Path, changed: bool = False) -> RunRecord:
         """This record as a continuation of ``other``, which was read from ``path``.
@@ -81,14 +84,12 @@ class RunRecord:
         if fixed or (free and not changed):
             raise ResumeError(_refusal(path, fixed, free))
         made = ({"step": other.step, "changed": free},) if free else ()
-        return replace(self, changes=(*other.changes, *made))
+        return replace(self, changes=(*other.changes, *made), validated=other.validated)
 
     def to_json(self) -> dict[str, Any]:
         """What is written; a run that never changed is written as before there were changes."""
         values = dict(vars(self))
-        if not self.changes:
-            del values["changes"]
-        return values
+        return {k: v for k, v in values.items() if v or k not in ("changes", "validated")}
 
 
 def _refusal(path: Path, fixed: list[str], free: list[str]) -> str:
@@ -182,7 +183,7 @@ class Snapshot:
 
 def save(folder: Path, record: RunRecord, snapshot: Snapshot) -> Path:
     """Write ``folder/step-...`` in one step and return it. Raises ``DiskFullError``."""
-    final = folder / f"step-{record.step:08d}"
+    final = folder / checkpoint_name(record.step)
     part = folder / f".{final.name}{_PART}"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -225,12 +226,22 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` checkpoints, and what killed runs left half-written."""
+def keep_last(folder: Path, count: int, best: int | None = None) -> None:
+    """Delete all but the newest ``count`` checkpoints, and what killed runs left half-written.
+
+    The checkpoint of step ``best`` stays as well.
+    """
     for path in checkpoints(folder)[:-count]:
+        if best is not None and path.name == checkpoint_name(best):
+            continue
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".step-*{_PART}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
