@@ -344,13 +344,15 @@ class Previews:
     prompts: str = ""
     """File of ``python -m trainer generate --save-prompts``; empty shows the identity stream
     alone, as it is trained (no text encoder is loaded in training)."""
+    sheet_side: int = 384
+    """Pixels of a picture in the sheet of each step: references and all prompts in one image."""
     face_models: str = ""
     """Folder ``.../models/<pack>`` of the recogniser that scores likeness; empty scores none."""
 
     def __post_init__(self) -> None:
         _in_range(
             "previews", self, every=(0, 10**9), people=(1, 64), steps=(1, TIMESTEPS),
-            guidance=(0.0, 100.0),
+            guidance=(0.0, 100.0), sheet_side=(32, 2048),
         )  # fmt: skip
         _one_of("previews", self, scheduler=SCHEDULER, mixing=MIXING, style=STYLE)
 

@@ -727,8 +727,9 @@ def test_logs_and_previews_and_neither_changes_the_weights(
     assert [entry.step for entry in found.Scalars("loss/all")] == [2, 4]
     assert found.Scalars("gradient_norm")[0].value > 0
     pictures = found.Tags()["images"]
-    assert pictures == ["preview/person 5/identity stream alone"]
-    assert [entry.step for entry in found.Images(pictures[0])] == [2, 4]
+    assert pictures == ["preview/person 5/identity stream alone", "preview/sheet"]
+    for name in pictures:
+        assert [entry.step for entry in found.Images(name)] == [2, 4]
     assert [e.value for e in found.Scalars("likeness/detected")] == [1.0, 0.0]
     row = Dataset(config.data.folder, config.filters, "held_out")
     reference = torch.from_numpy(row.face(0))

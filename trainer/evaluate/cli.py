@@ -18,9 +18,11 @@ from infinite_id_core.faces.face import DETECTOR_SIZE
 from infinite_id_core.scores.metrics import BootstrapOptions
 
 from ..generate import Sources
+from ..sheets import save_image
+from ..models.unet import HEAD_WIDTH, MICROWORLD
 from ..models.unet import HEAD_WIDTH, MICROWORLD
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
-from .figures import SheetOptions, contact_sheet, save_image, scatter
+from .figures import SheetOptions, contact_sheet, scatter
 from .manifest import Row, check_files, read_manifest, write_manifest
 from .measure import Measured, Progress, measure
 from .methods import NO_ADAPTER, Method, parse_method

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from infinite_id_core.errors import OptionError
 from infinite_id_core.files.checkpoint import replacing
@@ -16,13 +15,12 @@ from infinite_id_core.packages import require
 
 from ..errors import disk_errors
 from ..prepare.photo import PhotoError, read_pixels
+from ..sheets import Cell, draw_sheet
 from .manifest import Row
 from .summary import MethodSummary
 
-_GAP, _PAPER, _INK, _EMPTY = 4, "white", (40, 40, 40), (225, 225, 225)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SheetOptions:
     """A contact sheet's size. Raises ``OptionError``."""
 
@@ -50,46 +48,21 @@ def contact_sheet(rows: Sequence[Row], options: SheetOptions | None = None) -> I
     first: dict[tuple[str, Path, str], Path] = {}
     for row in rows:
         first.setdefault((row.identity, row.reference, row.prompt), row.image)
-    side, step = options.side, options.side + _GAP
-    font = ImageFont.load_default(size=max(10, side // 11))
-    line = max(12, side // 9)
-    letters = max(6, round(side / (max(10, side // 11) * 0.52)))  # in a column's width
-    heads = ["reference", *prompts]
-    wrapped = [textwrap.wrap(head, letters)[:4] or [""] for head in heads]
-    top = _GAP + line * max(map(len, wrapped)) + _GAP
-    sheet = Image.new("RGB", (_GAP + step * len(heads), top + (step + line) * len(people)), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, lines in enumerate(wrapped):
-        draw.multiline_text(
-            (_GAP + step * column, _GAP), "\n".join(lines), _INK, font, spacing=line // 6
-        )
-    for number, (identity, reference) in enumerate(people):
-        y = top + (step + line) * number
+    table = []
+    for identity, reference in people:
         pictures = [reference, *(first.get((identity, reference, prompt)) for prompt in prompts)]
-        for column, path in enumerate(pictures):
-            sheet.paste(_thumbnail(path, side), (_GAP + step * column, y))
-        draw.text((_GAP, y + side), identity[:letters], _INK, font)
-    return sheet
+        cells = [Cell(picture=_thumbnail(path, options.side)) for path in pictures]
+        table.append([dataclasses.replace(cells[0], label=identity), *cells[1:]])
+    return draw_sheet(["reference", *prompts], table, options.side)
 
 
-def _thumbnail(path: Path | None, side: int) -> Image.Image:
-    """A square with the whole picture in its middle."""
-    square = Image.new("RGB", (side, side), _EMPTY)
+def _thumbnail(path: Path | None, side: int) -> Image.Image | None:
     if path is None:
-        return square
+        return None
     try:
-        picture = Image.fromarray(read_pixels(path, max_side=side))
+        return Image.fromarray(read_pixels(path, max_side=side))
     except PhotoError:
-        return square
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically. Raises ``DiskFullError``."""
-    with disk_errors(path), replacing(path) as temporary:
-        image.save(temporary, "PNG", optimize=True)
+        return None
 
 
 def scatter(path: Path, methods: Sequence[MethodSummary]) -> bool:

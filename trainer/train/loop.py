@@ -44,7 +44,8 @@ from .fellows import Fellows
 from .log import RunLog, bar, logger, no_bar
 from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
-from .previews import Preview, Previewer, scores
+from .preview_sheet import Preview
+from .previews import Previewer, scores
 from .samples import Caches, Keys, Plan, Samples, Share, loader
 from .validation import Validator
 from .validation_set import ValidationPlan
@@ -564,6 +565,8 @@ class _Trainer:
         mine = self.previewer.make(self.loaded.unet, self.average or self.adapter, part)
         previews: list[Preview] = self.processes.gather_objects(mine)
         log.pictures(step, [p.name for p in previews], [p.picture for p in previews])
+        if self.processes.main:
+            log.pictures(step, ["sheet"], [self.previewer.write_sheet(step, previews)])
         if self.previewer.recogniser is not None:
             log.scalars(step, scores(previews))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,13 @@ from ..likeness import InsightFaceRecogniser, Likeness, Recogniser, likeness
 from ..models.unet import LoadedUNet
 from ..models.vae import load_vae
 from ..prompts import read_prompts
+from ..sheets import save_image
+from ..models.unet import LoadedUNet
+from ..models.vae import load_vae
 from .draws import Purpose, generator
 from .features import reference_row
+from .preview_sheet import Preview, as_tensor, preview_sheet
 from .samples import LATENT_CHANNELS, LATENT_STRIDE, Caches, Keys, Plan
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Preview:
-    """One picture."""
-
-    name: str
-    picture: Tensor
-    """``[3, H, W]`` in [0, 1]."""
-    cosine: float | None
-    """To the reference; None where no face was found or none was looked for."""
 
 
 class Previewer:
@@ -85,6 +78,24 @@ class Previewer:
         self.vae.module.to("cpu")
         return previews
 
+    def write_sheet(self, step: int, previews: Sequence[Preview]) -> Tensor:
+        """Write all processes' previews as one PNG into ``previews`` of the output folder.
+
+        Returns its pixels, ``[3, H, W]`` in [0, 1]. Raises ``DiskFullError``, and what reading
+        the reference photos raises.
+        """
+        dataset = self.plan.dataset
+        references = {name: dataset.photo(reference_row(dataset, name)) for name in self.people}
+        sheet = preview_sheet(
+            previews,
+            references,
+            tuple(self.prompts),
+            self.config.previews.sheet_side,
+            scored=self.recogniser is not None,
+        )
+        save_image(sheet, Path(self.config.run.output) / "previews" / f"step-{step:08d}.png")
+        return as_tensor(sheet)
+
     def _one(self, unet: Any, adapter: Adapter, number: int, text: str) -> Preview:
         options = self.config.previews
         name = self.people[number]
@@ -107,7 +118,7 @@ class Previewer:
         if self.recogniser is not None:
             score = likeness(self.recogniser, [picture.permute(1, 2, 0)], [raw])
             cosine = score.cosines[0]
-        return Preview(name=f"{name}/{text}", picture=picture, cosine=cosine)
+        return Preview(person=name, prompt=text, picture=picture, cosine=cosine)
 
     def _identity(self, name: str, row_number: int, raw: Tensor) -> Identity:
         encoder, row = self.config.encoder, self.plan.dataset.row(row_number)
