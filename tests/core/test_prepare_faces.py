@@ -13,7 +13,9 @@ from PIL import Image
 
 from infinite_id_core.errors import OptionError
 from trainer import __main__ as cli
+from trainer.config import Data
 from trainer.data_index import Dataset, Filters
+from trainer.histograms import bucket_counts, spread
 from trainer.prepare import group, report
 from trainer.prepare.options import Places, PrepareOptions, RunOptions
 from trainer.prepare.run import prepare
@@ -142,13 +144,13 @@ def test_the_report_counts_people_photos_faces_and_buckets(pack, tmp_path):
         for n, (width, height) in enumerate([(900, 900)] * 4 + [(600, 900), (4000, 1000)])
     ]  # fmt: skip
     kept = pa.Table.from_pylist(rows)
-    sizes = report.bucket_counts(kept)
+    sizes = bucket_counts(kept, Data(folder="-"))
     assert sum(sizes.values()) == 6 and max(sizes.values()) == 4
     square = next(bucket for bucket, n in sizes.items() if n == 4)
     assert square[0] == square[1]
     (tall, wide) = sorted((b for b in sizes if b != square), key=lambda b: b[1] / b[0])
     assert tall[0] > tall[1] and wide[1] > wide[0]
-    found = report.spread(kept)
+    found = spread(kept)
     assert found["photos of a person"] == (2.0,) * 5
     assert found["short side of the face, px"] == (0.0, 125.0, 250.0, 375.0, 500.0)
     assert found["faces in a photo"][-1] == 6.0

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from PIL import Image, ImageDraw
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.packages import require
 
+from ..config import Data
 from ..data_index import DatasetInfo, Filters
 from ..errors import disk_errors
+from ..histograms import bucket_counts, distributions, people_of_splits, spread
 from .group import Grouped
 from .photo import PhotoError, open_photo
 from .sources import NOT_PHOTOS, Blob, read_blob
 
 PEOPLE, PHOTOS_EACH, PER_REASON, PAIRS, SINGLES = 24, 8, 24, 20, 200
 _THUMB = 150  # pixels
+_DEFAULTS = Data(folder="-")
 _COLUMNS = ("name", "path", "place", "length", "width", "height", "box", "landmarks", "identity",
             "similarity", "dropped", "detail", "face_size", "blur", "yaw")  # fmt: skip
 
@@ -145,14 +148,14 @@ def _histograms(kept: pa.Table) -> str:
         return ""
     figures = require("matplotlib.figure", "for the report page", "matplotlib")
     filters = Filters()
-    short = np.minimum(kept["width"].to_numpy(), kept["height"].to_numpy())
-    photos = np.array(list(Counter(kept["identity"].to_pylist()).values()))
+    found = distributions(kept)
+    photo, face = "short side of the photo, px", "short side of the face, px"
     panels: list[tuple[str, Any, float | None]] = [
-        ("short side of the photo, px", short, filters.min_short_side),
-        ("short side of the face, px", kept["face_size"].to_numpy(), filters.min_face_size),
+        (photo, found[photo], filters.min_short_side),
+        (face, found[face], filters.min_face_size),
         ("cosine to the person's centroid", kept["similarity"].to_numpy(), filters.min_similarity),
-        ("people by their photos", photos, None),
-        ("faces in the photo", kept["faces"].to_numpy(), None),
+        ("people by their photos", found["photos of a person"], None),
+        ("faces in the photo", found["faces in a photo"], None),
         ("detector's confidence", kept["det_score"].to_numpy(), filters.min_det_score),
         ("sharpness (variance of the Laplacian)", kept["blur"].to_numpy(), None),
         ("yaw, degrees", kept["yaw"].to_numpy(), None),
@@ -176,19 +179,8 @@ def _histograms(kept: pa.Table) -> str:
     return f"<h2>Scores of the kept photos</h2>{_image(buffer.getvalue(), 'png', 'histograms')}"
 
 
-def bucket_counts(kept: pa.Table) -> dict[tuple[int, int], int]:
-    """Photos by the size (height, width) they are trained at with the defaults of ``[data]``."""
-    from ..config import Data
-    from ..train.crops import buckets, nearest_bucket
-
-    choices = buckets(Data(folder="-"))
-    sizes = zip(kept["width"].to_pylist(), kept["height"].to_pylist(), strict=True)
-    counts = Counter(nearest_bucket(width, height, choices) for width, height in sizes)
-    return {choices[n]: counts[n] for n in sorted(counts)}
-
-
 def _bucket_bars(axis: Any, kept: pa.Table) -> None:
-    counts = bucket_counts(kept)
+    counts = bucket_counts(kept, _DEFAULTS)
     names = [f"{width}x{height}" for height, width in counts]
     axis.bar(names, list(counts.values()), color="#4c78a8")
     axis.tick_params(axis="x", labelrotation=90, labelsize=7)
@@ -196,35 +188,17 @@ def _bucket_bars(axis: Any, kept: pa.Table) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def spread(kept: pa.Table) -> dict[str, tuple[float, ...]]:
-    """Smallest, quartiles and largest of what decides how well a set trains."""
-    photos = np.array(list(Counter(kept["identity"].to_pylist()).values()))
-    columns = {
-        "photos of a person": photos,
-        "short side of the face, px": kept["face_size"].to_numpy(),
-        "short side of the photo, px": np.minimum(
-            kept["width"].to_numpy(), kept["height"].to_numpy()
-        ),
-        "faces in a photo": kept["faces"].to_numpy(),
-    }
-    return {
-        name: tuple(float(value) for value in np.percentile(values, (0, 25, 50, 75, 100)))
-        for name, values in columns.items()
-    }
-
-
 def _spread(kept: pa.Table) -> str:
     if not len(kept):
         return ""
-    people = set(zip(kept["identity"].to_pylist(), kept["split"].to_pylist(), strict=True))
-    splits = Counter(split for _, split in people)
+    splits = people_of_splits(kept)
     rows = "".join(
         f"<tr><td>{_text(name)}" + "".join(f"<td class=number>{value:,.0f}" for value in values)
         for name, values in spread(kept).items()
     )
     sizes = "".join(
         f"<tr><td>{width} x {height}<td class=number>{n:,}"
-        for (height, width), n in bucket_counts(kept).items()
+        for (height, width), n in bucket_counts(kept, _DEFAULTS).items()
     )
     return (
         f"<h2>People and photos</h2><p>{splits['train']:,} people to train on, "

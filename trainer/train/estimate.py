@@ -37,6 +37,7 @@ from .checks import DTYPES, check_device, check_run
 from .features import clip_width
 from .memory import LESS_MEMORY
 from .objective import TrainingModel
+from .report import photos_in_bars
 from .samples import LATENT_CHANNELS, LATENT_STRIDE
 
 _EFFICIENCY = 0.5  # of a matrix product's rate: what a UNet's mixed work reaches, roughly
@@ -114,7 +115,7 @@ def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) ->
         f"time        about {_duration(seconds)} a step and {_duration(seconds * steps)} in all on "
         f"this device ({device.type}), after the caches are filled",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", photos_in_bars(config)])
 
 
 def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> int:

@@ -46,6 +46,7 @@ from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
 from .preview_sheet import Preview
 from .previews import Previewer, scores
+from .report import write_report
 from .samples import Caches, Keys, Plan, Samples, Share, loader
 from .validation import Validator
 from .validation_set import ValidationPlan
@@ -369,6 +370,8 @@ class _Trainer:
             scaler=self.scaler,
         )
         self.first = self._load(start)
+        if processes.main:
+            write_report(config)
         _fill(self.plan, self.held_out, checked.validation, self.keys, self.caches, processes)
         self.previewer = self._previewer(checked.recogniser)
         self.validator = self._validator(checked.validation)
