@@ -191,8 +191,9 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from trainer.models.vae import load_vae
     from trainer.train.checks import adapter_config
     from trainer.train.features import load_clip_vision
-    from trainer.train.loop import build_optimiser, new_adapter, prepare_unet
+    from trainer.train.loop import new_adapter, prepare_unet
     from trainer.train.objective import TrainingModel
+    from trainer.train.optimisers import build_optimiser
 
     config = settings(values, "plain")
     accelerator = Accelerator(cpu=True)

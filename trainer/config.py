@@ -29,7 +29,7 @@ Mode = Literal["identity", "entangled"]
 PooledText = Literal["zeros", "empty"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-OptimiserKind = Literal["adamw", "adamw8bit"]
+OptimiserKind = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 RateSchedule = Literal["fixed", "cosine"]
 PredictionChoice = Literal["auto", "epsilon", "v"]
 FileDtype = Literal["float32", "float16", "bfloat16"]
@@ -38,6 +38,7 @@ POOLED_TEXTS: tuple[PooledText, ...] = get_args(PooledText)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 OPTIMISERS: tuple[OptimiserKind, ...] = get_args(OptimiserKind)
+LOWEST_PRODIGY_RATE = 0.01  # below, a rate meant for Adam was left standing
 RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
 PREDICTIONS: tuple[PredictionChoice, ...] = get_args(PredictionChoice)
 FILE_DTYPES: tuple[FileDtype, ...] = get_args(FileDtype)
@@ -229,9 +230,10 @@ class Optimiser:
     """How it is learned."""
 
     kind: OptimiserKind = "adamw"
-    """``adamw8bit`` keeps Adam's moments in 8 bits and needs bitsandbytes."""
+    """``adamw8bit`` keeps Adam's moments in 8 bits and needs bitsandbytes; ``adafactor`` keeps
+    almost none; ``prodigy`` finds the rate by itself and needs prodigyopt."""
     rate: float = 1e-4
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up; for ``prodigy`` a factor of the one it finds, usually 1."""
     schedule: RateSchedule = "fixed"
     """``cosine`` falls to ``final_rate`` of ``rate`` at the last step."""
     warmup: int = 0
@@ -263,6 +265,11 @@ class Optimiser:
             epsilon=(1e-16, 1e-2), clip_norm=(0.0, 1e9), batch=(1, 4096),
             accumulation=(1, 4096), ema=(0.0, 0.9999999),
         )  # fmt: skip
+        if self.kind == "prodigy" and self.rate < LOWEST_PRODIGY_RATE:
+            raise ConfigValueError(
+                f"optimiser.rate {self.rate} is a factor of the rate that 'prodigy' finds by "
+                f"itself, expected {LOWEST_PRODIGY_RATE} to 1. Set optimiser.rate = 1.0."
+            )
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0, of ``steps``."""

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from infinite_id_core.atomic import replacing
+from PIL import Image, ImageDraw, ImageFont
 
 from .errors import disk_errors
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from trainer.histograms import bars, binned, doubling
 from trainer.training import loop
 from trainer.training.estimate import dry_run
+
+from trainer.histograms import bars, binned, doubling
 
 from . import train_world
 

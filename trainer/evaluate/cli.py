@@ -18,9 +18,8 @@ from infinite_id_core.faces.face import DETECTOR_SIZE
 from infinite_id_core.scores.metrics import BootstrapOptions
 
 from ..generate import Sources
+from ..models.unet import HEAD_WIDTH, MICROWORLD
 from ..sheets import save_image
-from ..models.unet import HEAD_WIDTH, MICROWORLD
-from ..models.unet import HEAD_WIDTH, MICROWORLD
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
 from .figures import SheetOptions, contact_sheet, scatter
 from .manifest import Row, check_files, read_manifest, write_manifest

@@ -29,6 +29,7 @@ from ..prompts import read_prompts
 from . import state
 from .features import check_clip_vision, clip_width, fingerprints_of, reference_row
 from .log import logger
+from .optimisers import require_package
 from .samples import Fingerprints, Plan
 from .validation_set import ValidationPlan
 
@@ -134,9 +135,7 @@ def check_device(device: Device) -> torch.device:
 
 
 def _check_packages(config: TrainConfig) -> None:
-    if config.optimiser.kind == "adamw8bit":
-        purpose = "for optimiser.kind = 'adamw8bit' (or use 'adamw')"
-        require("bitsandbytes", purpose, "bitsandbytes")
+    require_package(config.optimiser.kind)
     if config.log.tensorboard:
         purpose = "to log (or set log.tensorboard=false)"
         require("torch.utils.tensorboard", purpose, "tensorboard")

@@ -32,11 +32,12 @@ from ..data_index import Dataset
 from ..errors import BusyError, DiskFullError
 from ..files import is_locked
 from ..models.text import TOKENS
-from . import state
+from . import state as checkpoint
 from .checks import DTYPES, check_device, check_run
 from .features import clip_width
 from .memory import LESS_MEMORY
 from .objective import TrainingModel
+from .optimisers import state_bytes
 from .report import photos_in_bars
 from .samples import LATENT_CHANNELS, LATENT_STRIDE
 
@@ -65,7 +66,9 @@ class Estimate:
     frozen: int
     """Bytes of the UNet."""
     learning: int
-    """Bytes of float32 weights, gradients, moments, average and low-precision copies."""
+    """Bytes of float32 weights, gradients, ``state``, average and low-precision copies."""
+    state: int
+    """Bytes of the optimiser's state."""
     activations: int
     cost: PassCost
     parameters: int
@@ -86,13 +89,13 @@ def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) ->
     Raises the same named errors that the run would, and ``DiskFullError`` where caches and
     checkpoints will not fit.
     """
-    start = state.find_checkpoint(config, resume)
+    start = checkpoint.find_checkpoint(config, resume)
     options = config.optimiser
     checked = check_run(config, start, options.batch * options.accumulation, changed=changed)
     plan, dataset, unet = checked.plan, checked.plan.dataset, checked.unet
     if is_locked(Path(config.run.output)):
         raise BusyError(config.run.output, "a training is writing to this folder just now.")
-    first = state.read_record(start).step if start else 0
+    first = checkpoint.read_record(start).step if start else 0
     estimate = estimate_memory(config, unet)
     disk = _check_disk(config, dataset, estimate)
     device = check_device(config.run.device)
@@ -125,10 +128,8 @@ def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> in
     features = data.crops_per_photo * latent + CLIP_TOKENS * clip_width(config.encoder)
     caches = 2 * features * len(dataset)
     weights = 4 * estimate.parameters * (1 + bool(config.optimiser.ema))
-    moments = (2 if config.optimiser.kind == "adamw8bit" else 8) * estimate.parameters
-    checkpoints = (weights + moments) * (
-        config.checkpoints.keep + 1 + bool(config.validation.every)
-    )
+    kept = config.checkpoints.keep + 1 + bool(config.validation.every)
+    checkpoints = (weights + estimate.state) * kept
     for folder, needed in ((data.cache_folder, caches), (Path(config.run.output), checkpoints)):
         place = next(p for p in (folder, *folder.resolve().parents) if p.is_dir())
         free = shutil.disk_usage(place).free
@@ -157,9 +158,9 @@ def estimate_memory(config: TrainConfig, unet: Any) -> Estimate:
     with torch.device("meta"):
         adapter = Adapter(recorded, {layer.path: layer.width for layer in unet_layers(unet)})
     parameters = sum(p.numel() for p in adapter.parameters())
-    moments = 2 if options.kind == "adamw8bit" else 8
+    state = state_bytes(options.kind, adapter.parameters())
     copies = 0 if options.precision == "fp32" else 2
-    per_number = 4 + 4 + moments + (4 if options.ema else 0) + copies
+    per_number = 4 + 4 + (4 if options.ema else 0) + copies
     cost = measure_pass(
         unet,
         adapter,
@@ -170,7 +171,8 @@ def estimate_memory(config: TrainConfig, unet: Any) -> Estimate:
     )
     return Estimate(
         frozen=sum(p.numel() * p.element_size() for p in unet.parameters()),
-        learning=parameters * per_number,
+        learning=parameters * per_number + state,
+        state=state,
         activations=cost.kept + cost.recomputed,
         cost=cost,
         parameters=parameters,

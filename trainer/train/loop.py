@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from infinite_id_core.method.adapter import Adapter, AdapterConfig
 from infinite_id_core.packages import require
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 
-from ..config import Optimiser, TrainConfig
+from ..config import TrainConfig
 from ..errors import NonFiniteError, RankLostError, disk_errors
 from ..files import locked
 from ..likeness import Recogniser
@@ -44,6 +44,7 @@ from .fellows import Fellows
 from .log import RunLog, bar, logger, no_bar
 from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
+from .optimisers import build_optimiser, step_size
 from .preview_sheet import Preview
 from .previews import Previewer, scores
 from .report import write_report
@@ -296,22 +297,6 @@ def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adap
     return adapter
 
 
-def build_optimiser(options: Optimiser, parameters: Sequence[Tensor], device: torch.device) -> Any:
-    """AdamW over float32 weights. Raises ``MissingPackageError`` (bitsandbytes)."""
-    settings: dict[str, Any] = {
-        "lr": options.rate,
-        "betas": (options.beta1, options.beta2),
-        "eps": options.epsilon,
-        "weight_decay": options.weight_decay,
-    }
-    if options.kind == "adamw8bit":
-        purpose = "for optimiser.kind = 'adamw8bit' (or use 'adamw')"
-        return require("bitsandbytes", purpose, "bitsandbytes").optim.AdamW8bit(
-            parameters, **settings
-        )
-    return torch.optim.AdamW(parameters, fused=device.type == "cuda", **settings)
-
-
 @torch.no_grad()
 def follow(average: Adapter, adapter: Adapter, decay: float, step: int) -> None:
     """One step (counted from 1) of the moving average, quicker at the start."""
@@ -478,7 +463,8 @@ class _Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
             follow(self.average, self.adapter, options.ema, step + 1)
-        log.step(step + 1, all_losses.flatten(), all_times.flatten(), norm, rate)
+        taken = step_size(self.optimiser, rate)
+        log.step(step + 1, all_losses.flatten(), all_times.flatten(), norm, taken)
         return bool(everything[:, -1].any())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

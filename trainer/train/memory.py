@@ -11,7 +11,7 @@ from ..errors import MemoryFullError
 
 LESS_MEMORY = (
     "set optimiser.checkpointing, a smaller optimiser.batch with more accumulation, or "
-    "optimiser.kind = 'adamw8bit'"
+    "optimiser.kind = 'adafactor' or 'adamw8bit'"
 )
 """What makes a training smaller; the dry run says the same."""
 LESS_IN_CACHES = "set fewer data.crops_per_photo, or a smaller data.resolution"

@@ -22,8 +22,6 @@ from ..models.unet import LoadedUNet
 from ..models.vae import load_vae
 from ..prompts import read_prompts
 from ..sheets import save_image
-from ..models.unet import LoadedUNet
-from ..models.vae import load_vae
 from .draws import Purpose, generator
 from .features import reference_row
 from .preview_sheet import Preview, as_tensor, preview_sheet

@@ -97,8 +97,8 @@ def _refusal(path: Path, fixed: list[str], free: list[str]) -> str:
     if fixed:
         return (
             f"{path} belongs to a run with other settings. {'; '.join([*fixed, *free])}. The "
-            f"weights need what they were trained with ({'; '.join(fixed)}): set it back to go "
-            f"on, or {anew}."
+            "weights and the optimiser's state need what they were made with "
+            f"({'; '.join(fixed)}): set it back to go on, or {anew}."
         )
     return (
         f"{path} belongs to a run with other settings. {'; '.join(free)}. Set them back to go on, "

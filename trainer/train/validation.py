@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-
 from infinite_id_core.adapter import Adapter
 from infinite_id_core.host_diffusers import identity_training
 
