@@ -144,7 +144,7 @@ def settings(values: argparse.Namespace, output: str) -> Any:
         "data.folder": folder / "data",
         "data.workers": values.workers,
         "checkpoints.every": 10**6,
-        "log.tensorboard": "false",
+        "log.trackers": "[]",
         "previews.every": 0,
     }
     return read_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])

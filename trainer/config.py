@@ -33,6 +33,7 @@ OptimiserKind = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 RateSchedule = Literal["fixed", "cosine"]
 PredictionChoice = Literal["auto", "epsilon", "v"]
 FileDtype = Literal["float32", "float16", "bfloat16"]
+Tracker = Literal["tensorboard", "wandb"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 POOLED_TEXTS: tuple[PooledText, ...] = get_args(PooledText)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -42,6 +43,7 @@ LOWEST_PRODIGY_RATE = 0.01  # below, a rate meant for Adam was left standing
 RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
 PREDICTIONS: tuple[PredictionChoice, ...] = get_args(PredictionChoice)
 FILE_DTYPES: tuple[FileDtype, ...] = get_args(FileDtype)
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,10 +299,13 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """TensorBoard."""
+    """Where numbers and pictures go, and how often."""
 
-    tensorboard: bool = True
-    """Write event files to ``logs`` in the output folder."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """``tensorboard`` writes event files to ``logs`` in the output folder; ``wandb`` sends to
+    Weights & Biases, or with ``WANDB_MODE=offline`` writes to ``wandb`` in the output folder."""
+    project: str = "infinite-id"
+    """wandb's project; the run's name is the output folder's."""
     every: int = 50
     """Steps between entries; each is the mean since the last."""
     bands: int = 4
@@ -308,6 +313,8 @@ class Log:
 
     def __post_init__(self) -> None:
         _in_range("log", self, every=(1, 10**9), bands=(1, TIMESTEPS))
+        _each_of("log", self, trackers=TRACKERS)
+        _not_empty("log", self, "project")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,6 +495,11 @@ _ELSEWHERE = {
     "checkpointing_steps": "checkpoints.every",
     "save_every": "checkpoints.every",
     "snr_gamma": "objective.min_snr",
+    "tensorboard": "log.trackers",
+    "wandb": "log.trackers",
+    "report_to": "log.trackers",
+    "log_with": "log.trackers",
+    "tracker_project_name": "log.project",
     "pretrained_model_name_or_path": "model.unet",
 }
 _SECTIONS = {"train": "run", "training": "run", "dataset": "data", "optimizer": "optimiser"}
@@ -568,13 +580,20 @@ _SYNONYMS = {"gpu": "cuda", "float32": "fp32", "float16": "fp16", "bfloat16": "b
 
 def _one_of(section: str, values: Any, **choices: Sequence[str]) -> None:
     for name, allowed in choices.items():
-        value = getattr(values, name)
-        if value not in allowed:
-            near = difflib.get_close_matches(_SYNONYMS.get(value, str(value)), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigValueError(
-                f"{section}.{name} must be one of {', '.join(allowed)}; got {value!r}.{hint}"
-            )
+        _is_one_of(f"{section}.{name} must be", getattr(values, name), allowed)
+
+
+def _each_of(section: str, values: Any, **choices: Sequence[str]) -> None:
+    for name, allowed in choices.items():
+        for value in getattr(values, name):
+            _is_one_of(f"{section}.{name}: each must be", value, allowed)
+
+
+def _is_one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(_SYNONYMS.get(value, str(value)), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigValueError(f"{what} one of {', '.join(allowed)}; got {value!r}.{hint}")
 
 
 def _not_empty(section: str, values: Any, *names: str) -> None:

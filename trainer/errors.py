@@ -119,6 +119,10 @@ class RankLostError(InfiniteIDError):
     """Another process of this run is gone."""
 
 
+class TrackerError(InfiniteIDError):
+    """A tracker of the run's numbers cannot start."""
+
+
 class MemoryFullError(InfiniteIDError):
     """The accelerator's or the computer's memory was full; the message says what needs less."""
 

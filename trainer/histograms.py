@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from .config import Data
-from .training.crops import buckets, nearest_bucket
+from .train.crops import buckets, nearest_bucket
 
 _BINS = 10
 _WIDTH = 40  # characters of the longest bar

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infinite_id_core.atomic import replacing
 from PIL import Image, ImageDraw, ImageFont
+
+from infinite_id_core.files.atomic import replacing
 
 from .errors import disk_errors
 

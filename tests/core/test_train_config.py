@@ -120,6 +120,9 @@ def test_a_device_that_is_not_there_is_named(device: Any, monkeypatch: pytest.Mo
         ("previews", {"mixing": "mix"}, "Did you mean 'mixed'?"),
         ("filters", {"min_pair_cosine": 2.0}, r"min_pair_cosine must lie in \[-1, 1\]"),
         ("filters", {"licences": "cc0"}, "filters.licences must be a list"),
+        ("log", {"trackers": ["wandbb"]}, "log.trackers: each must be .* Did you mean 'wandb'?"),
+        ("log", {"trackers": "wandb"}, "log.trackers must be a list"),
+        ("log", {"project": ""}, "log.project must not be empty"),
     ],
 )
 def test_a_bad_value_is_named(section: str, entries: dict[str, Any], message: str) -> None:
@@ -152,7 +155,7 @@ def test_overrides(tmp_path: Path) -> None:
         path,
         [
             "run.steps=20", "optimiser.rate=1e-5", "model.unet=other file.safetensors",
-            'filters.licences=["cc0", "cc-by"]', "log.tensorboard=false", "optimiser.clip_norm=1",
+            'filters.licences=["cc0", "cc-by"]', 'log.trackers=[]', "optimiser.clip_norm=1",
         ],
     )  # fmt: skip
     assert config.run.steps == 20
@@ -160,7 +163,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.optimiser.clip_norm == 1.0
     assert config.model.unet == "other file.safetensors"
     assert config.filters.licences == ("cc0", "cc-by")
-    assert config.log.tensorboard is False
+    assert config.log.trackers == ()
     for text in ("steps=3", "run.steps", "run.=3"):
         with pytest.raises(ConfigSyntaxError, match="section.key=value"):
             read_config(path, [text])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainer.training import loop
-from trainer.training.estimate import dry_run
 
 from trainer.histograms import bars, binned, doubling
+from trainer.train import loop
+from trainer.train.estimate import dry_run
 
 from . import train_world
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from infinite_id_core.checkpoint import read_adapter
-from trainer.training import loop, state
-from trainer.training.checks import build_meta
-from trainer.training.estimate import dry_run, estimate_memory
-from trainer.training.optimisers import build_optimiser, state_bytes, step_size
 
 from infinite_id_core.errors import MissingPackageError
+from infinite_id_core.files.checkpoint import read_adapter
 from trainer import inspect
 from trainer.config import Optimiser, TrainConfig
 from trainer.errors import ConfigValueError, ResumeError
+from trainer.train import loop, state
+from trainer.train.checks import build_meta
+from trainer.train.estimate import dry_run, estimate_memory
+from trainer.train.optimisers import build_optimiser, state_bytes, step_size
 
 from . import train_world
 

@@ -713,7 +713,7 @@ def test_logs_and_previews_and_neither_changes_the_weights(
     recogniser = EveryoneAlike()
     config = settings(
         run={"steps": 4},
-        log={"tensorboard": True, "every": 2, "bands": 2},
+        log={"trackers": ["tensorboard"], "every": 2, "bands": 2},
         previews={"every": 2, "steps": 2, "people": 2},
         checkpoints={"every": 2},
     )

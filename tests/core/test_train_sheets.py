@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from infinite_id_core.host_diffusers import Prompt
 from PIL import Image, ImageChops
-from trainer.training import loop
-from trainer.training.features import reference_row
-from trainer.training.preview_sheet import Preview, preview_sheet
-from trainer.training.previews import Previewer
 
+from infinite_id_core.hosts.diffusers_unet import Prompt
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.prompts import PromptFile, write_prompts
 from trainer.sheets import Cell, draw_sheet
+from trainer.train import loop
+from trainer.train.features import reference_row
+from trainer.train.preview_sheet import Preview, preview_sheet
+from trainer.train.previews import Previewer
 
 from . import train_world
 

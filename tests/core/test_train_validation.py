@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from infinite_id_core.checkpoint import read_adapter
-from trainer.training import loop, state
-from trainer.training.bands import band_name, band_range
-from trainer.training.checks import check_validation
-from trainer.training.estimate import dry_run
-from trainer.training.scalars import ScalarFile
-from trainer.training.validation import Standing, Validator, standing_of
-from trainer.training.validation_set import ValidationPlan
 
+from infinite_id_core.files.checkpoint import read_adapter
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import FilterError, ResumeError, TooFewPeopleError
+from trainer.train import loop, state
+from trainer.train.bands import band_name, band_range
+from trainer.train.checks import check_validation
+from trainer.train.estimate import dry_run
+from trainer.train.scalars import ScalarFile
+from trainer.train.validation import Standing, Validator, standing_of
+from trainer.train.validation_set import ValidationPlan
 
 from . import train_world
 

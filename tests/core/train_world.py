@@ -157,7 +157,7 @@ def config(root: Path, output: str = "run", **sections: dict[str, Any]) -> Train
                  "max_aspect": 2.0, "crops_per_photo": 2, "workers": 0},
         "filters": {"min_short_side": 0, "min_face_size": 0, "max_pair_cosine": 1.0},
         "optimiser": {"batch": 2, "precision": "fp32", "rate": 1e-3},
-        "log": {"tensorboard": False, "every": 1000},
+        "log": {"trackers": [], "every": 1000},
         "checkpoints": {"every": 1000},
     }  # fmt: skip
     for name, entries in sections.items():
@@ -201,12 +201,20 @@ def _context() -> Any:
 class Child:
     """A training run in a process of its own."""
 
-    def __init__(self, settings: TrainConfig, *, rank: int = 0, world: int = 1, port: int = 0):
+    def __init__(
+        self,
+        settings: TrainConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        port: int = 0,
+        **environment: str,
+    ):
         output = Path(settings.run.output)
         output.mkdir(parents=True, exist_ok=True)
         self.checkpoints = output / "checkpoints"
         self.log = output / f"log-{rank}.txt"
-        environment = {"OMP_NUM_THREADS": "1"}
+        environment = {"OMP_NUM_THREADS": "1", **environment}
         if world > 1:
             environment |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),

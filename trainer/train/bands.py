@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infinite_id_core.schedule import TIMESTEPS
+from infinite_id_core.sdxl.schedule import TIMESTEPS
 
 
 def band_range(band: int, bands: int) -> range:

@@ -16,7 +16,6 @@ from infinite_id_core.errors import ModelMismatchError
 from infinite_id_core.files.checkpoint import read_adapter
 from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.adapter import Adapter, AdapterConfig
-from infinite_id_core.packages import require
 
 from ..config import Device, FileDtype, Precision, TrainConfig
 from ..data_index import Dataset
@@ -31,6 +30,7 @@ from .features import check_clip_vision, clip_width, fingerprints_of, reference_
 from .log import logger
 from .optimisers import require_package
 from .samples import Fingerprints, Plan
+from .trackers import check_trackers
 from .validation_set import ValidationPlan
 
 DTYPES: dict[Precision | FileDtype, torch.dtype] = {
@@ -136,9 +136,7 @@ def check_device(device: Device) -> torch.device:
 
 def _check_packages(config: TrainConfig) -> None:
     require_package(config.optimiser.kind)
-    if config.log.tensorboard:
-        purpose = "to log (or set log.tensorboard=false)"
-        require("torch.utils.tensorboard", purpose, "tensorboard")
+    check_trackers(config)
 
 
 def check_data(config: TrainConfig, global_batch: int) -> Plan:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a progress bar, and TensorBoard's event files."""
+"""What a run tells of itself: a progress bar, and what its trackers are given."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from infinite_id_core.packages import require
 from infinite_id_core.sdxl.schedule import TIMESTEPS
 
 from ..config import TrainConfig
 from .bands import band_name
 from .scalars import FILE, ScalarFile
+from .trackers import Trackers
 
 logger = logging.getLogger("trainer")
 
@@ -37,17 +37,12 @@ class RunLog:
     """Means over windows of steps. Only the main process has one that does anything."""
 
     def __init__(self, config: TrainConfig, first_step: int, *, main: bool) -> None:
-        """Raises ``MissingPackageError`` where TensorBoard is wanted and absent."""
+        """Raises ``MissingPackageError``, ``TrackerError``."""
         self.config = config
         self.main = main
         self.late = float("nan")  # the last entry's mean loss
-        self.writer: Any = None
-        if main and config.log.tensorboard:
-            purpose = "to log (or set log.tensorboard=false)"
-            module = require("torch.utils.tensorboard", purpose, "tensorboard")
-            folder = Path(config.run.output) / "logs"
-            self.writer = module.SummaryWriter(str(folder), purge_step=first_step + 1)
         self.file = ScalarFile(Path(config.run.output) / FILE, first_step) if main else None
+        self.trackers = Trackers(config, first_step) if main else None
         self.bar = tqdm(
             total=config.run.steps, initial=first_step, desc="train", dynamic_ncols=True,
             disable=not main,
@@ -95,9 +90,8 @@ class RunLog:
         """Write some numbers of a step."""
         if self.file is not None:
             self.file.add(step, values)
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.scalars(step, values)
 
     def validated(self, step: int, numbers: dict[str, float], best: bool) -> None:
         """Write an evaluation, and say it beside the training loss."""
@@ -112,13 +106,12 @@ class RunLog:
 
     def pictures(self, step: int, names: Sequence[str], pictures: Sequence[Tensor]) -> None:
         """Write pictures ``[3, H, W]`` in [0, 1] of a step."""
-        if self.writer is not None:
-            for name, picture in zip(names, pictures, strict=True):
-                self.writer.add_image(f"preview/{name}", picture, step)
-            self.writer.flush()
+        if self.trackers is not None:
+            named = (f"preview/{name}" for name in names)
+            self.trackers.pictures(step, dict(zip(named, pictures, strict=True)))
 
     def close(self) -> None:
         """Write what is left and let the terminal go."""
-        if self.writer is not None:
-            self.writer.close()
         self.bar.close()
+        if self.trackers is not None:
+            self.trackers.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infinite_id_core.atomic import replacing
+from infinite_id_core.files.atomic import replacing
 
 from ..config import TrainConfig
 from ..data_index import Dataset

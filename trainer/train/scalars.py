@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from infinite_id_core.atomic import replacing
+from infinite_id_core.files.atomic import replacing
 
 FILE = "scalars.csv"
 _HEAD = ["step", "name", "value"]

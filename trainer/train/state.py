@@ -30,7 +30,7 @@ _FREE = {
     "run": {"output", "steps", "device", "dtype", "licence_note"},
     "data": {"workers", "folder", "cache"},
     "checkpoints": {"every", "keep"},
-    "log": {"tensorboard", "every", "bands"},
+    "log": None,
     "model": {"unet", "vae", "text_encoders"},  # their fingerprints are compared instead
     "encoder": {"clip_weights"},
     "validation": None,

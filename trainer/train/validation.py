@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from infinite_id_core.adapter import Adapter
-from infinite_id_core.host_diffusers import identity_training
+
+from infinite_id_core.hosts.diffusers_unet import identity_training
+from infinite_id_core.method.adapter import Adapter
 
 from ..errors import ResumeError
-from ..text import TOKENS
-from ..unet import LoadedUNet
+from ..models.text import TOKENS
+from ..models.unet import LoadedUNet
 from .bands import band_name
 from .cache import key_of
 from .log import logger
