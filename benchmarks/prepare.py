@@ -34,7 +34,8 @@ from PIL import Image
 # In place of this folder, where trainer.py hides the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from infinite_id_core.faces.face import crop_matrix, load_face_models  # noqa: E402
+from infinite_id_core.faces.align import crop_matrix  # noqa: E402
+from infinite_id_core.faces.pack import load_face_models  # noqa: E402
 from microworld import files, portraits  # noqa: E402
 from trainer.prepare.options import Places, PrepareOptions, RunOptions  # noqa: E402
 from trainer.prepare.run import prepare  # noqa: E402

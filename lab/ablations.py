@@ -191,7 +191,7 @@ class Studio:
 
     def _read(self, person: int, row: Row, adapter: Any) -> Any:
         from infinite_id_core.encoders.encoders import EncodeOptions, embed
-        from infinite_id_core.faces.face import find_faces
+        from infinite_id_core.faces.find import find_faces
 
         faces = []
         for photo in photos_of(person, row.references, row.side):
@@ -242,7 +242,7 @@ class Studio:
 @lru_cache(maxsize=1)
 def face_models() -> Any:
     """The embedded pack."""
-    from infinite_id_core.faces.face import load_face_models
+    from infinite_id_core.faces.pack import load_face_models
 
     return load_face_models(files.INSIGHTFACE_PACK, [files.INSIGHTFACE_ROOT], "CPU", threads=1)
 
@@ -392,7 +392,7 @@ def _texts(person: int) -> Tensor:
 
 def _crops(images: Tensor, landmarks: Sequence[NDArray[np.float64] | None]) -> Tensor:
     """Aligned faces [B, 224, 224, 3]; grey where there is none."""
-    from infinite_id_core.faces.face import CROP_SIZE, align
+    from infinite_id_core.faces.align import CROP_SIZE, align
 
     blank = torch.full((CROP_SIZE, CROP_SIZE, 3), 0.5)
     pairs = zip(images, landmarks, strict=True)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..infinite_id_core.errors import FaceError
-from ..infinite_id_core.faces import detail, face
+from ..infinite_id_core.faces import detail
+from ..infinite_id_core.faces.align import DEFAULT_PADDING
+from ..infinite_id_core.faces.find import (
+    CHOOSE,
+    IF_NO_FACE,
+    ORDER,
+    FaceOptions,
+    choose_in_batch,
+    detect_in_batch,
+    nothing_wanted_message,
+)
+from ..infinite_id_core.faces.pack import DETECTOR_SIZE, PROVIDERS, load_face_models
+from ..infinite_id_core.faces.preview import numbered_previews
 from ..microworld import files as micro_files
 from . import folders
 from .inputs import checked
@@ -28,7 +38,7 @@ def _choice_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "choose",
-            options=list(face.CHOOSE),
+            options=list(CHOOSE),
             default="largest",
             tooltip="Which face of each picture: the largest, the one with the number below, or "
             "all.",
@@ -42,8 +52,8 @@ def _choice_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "order",
-            options=list(face.ORDER),
-            default=face.ORDER[0],
+            options=list(ORDER),
+            default=ORDER[0],
             tooltip="How the faces of a picture are numbered. 'size' and 'score' start with the "
             "largest and the surest.",
         ),
@@ -71,13 +81,13 @@ class InfiniteIDFaceModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "provider",
-                    options=list(face.PROVIDERS),
+                    options=list(PROVIDERS),
                     default="auto",
                     tooltip="What onnxruntime computes on. 'auto' takes the best there is.",
                 ),
                 io.Int.Input(
                     "detector_size",
-                    default=face.DETECTOR_SIZE,
+                    default=DETECTOR_SIZE,
                     min=64,
                     max=4096,
                     step=32,
@@ -107,7 +117,7 @@ class InfiniteIDFaceModelLoader(io.ComfyNode):
         roots = folders.insightface_roots()
         if pack == EMBEDDED:
             pack, roots = micro_files.INSIGHTFACE_PACK, [micro_files.INSIGHTFACE_ROOT]
-        return io.NodeOutput(face.load_face_models(pack, roots, provider, detector_size))
+        return io.NodeOutput(load_face_models(pack, roots, provider, detector_size))
 
 
 class InfiniteIDAlignFace(io.ComfyNode):
@@ -132,7 +142,7 @@ class InfiniteIDAlignFace(io.ComfyNode):
                 *_choice_inputs(),
                 io.Float.Input(
                     "padding",
-                    default=face.DEFAULT_PADDING,
+                    default=DEFAULT_PADDING,
                     min=0.0,
                     max=1.0,
                     step=0.05,
@@ -141,7 +151,7 @@ class InfiniteIDAlignFace(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "if_no_face",
-                    options=list(face.IF_NO_FACE),
+                    options=list(IF_NO_FACE),
                     default="error",
                     tooltip="A picture without a face, or without one of this index, stops the "
                     "run (error), or is left out (skip), as for video frames.",
@@ -163,28 +173,22 @@ class InfiniteIDAlignFace(io.ComfyNode):
     def execute(
         cls, face_analysis, image, choose, index, order, padding, if_no_face
     ) -> io.NodeOutput:
-        options = face.FaceOptions(choose=choose, index=index, order=order, padding=padding)
-        found = face.detect_in_batch(face_analysis, image, order)
+        options = FaceOptions(choose=choose, index=index, order=order, padding=padding)
+        found = detect_in_batch(face_analysis, image, order)
         try:
-            found = face.choose_in_batch(face_analysis, image, found, options, if_no_face)
+            found = choose_in_batch(face_analysis, image, found, options, if_no_face)
         except FaceError:  # the numbers tell what to choose instead
             seen = found
-            show_before_failing(lambda: ui.PreviewImage(_numbered(image, seen), cls=cls))
+            show_before_failing(lambda: ui.PreviewImage(numbered_previews(image, seen), cls=cls))
             raise
         faces = tuple(chosen for frame in found for chosen in frame.chosen)
-        preview = _numbered(image, found)
+        preview = numbered_previews(image, found)
         shown = ui.PreviewImage(preview, cls=cls)
         if not faces:  # all skipped: what follows does not run, and says why
-            nothing = ExecutionBlocker(face.nothing_wanted_message(found, options))
+            nothing = ExecutionBlocker(nothing_wanted_message(found, options))
             return io.NodeOutput(nothing, nothing, preview, 0, ui=shown)
         crops = torch.stack([chosen.crop for chosen in faces])
         return io.NodeOutput(faces, crops, preview, len(faces), ui=shown)
-
-
-def _numbered(images: torch.Tensor, found: Sequence[face.FoundFaces]) -> torch.Tensor:
-    """The pictures with numbered faces, as one batch ``[B, h, w, 3]``."""
-    numbered = zip(images, found, strict=True)
-    return torch.stack([face.numbered_preview(picture, frame) for picture, frame in numbered])
 
 
 class InfiniteIDFaceCrop(io.ComfyNode):
@@ -224,7 +228,7 @@ class InfiniteIDFaceCrop(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "if_no_face",
-                    options=list(face.IF_NO_FACE),
+                    options=list(IF_NO_FACE),
                     default="error",
                     optional=True,
                     tooltip="A picture without a face, or without one of this index, stops the "
@@ -247,11 +251,11 @@ class InfiniteIDFaceCrop(io.ComfyNode):
     def execute(
         cls, face_analysis, image, choose, index, order, padding, size, if_no_face="error"
     ) -> io.NodeOutput:
-        options = face.FaceOptions(choose=choose, index=index, order=order)
-        found = face.detect_in_batch(face_analysis, image, order)
+        options = FaceOptions(choose=choose, index=index, order=order)
+        found = detect_in_batch(face_analysis, image, order)
         crop, mask, region = detail.crop_faces(image, found, options, padding, size, if_no_face)
         if not region.squares:  # all skipped: nothing to paint again, and Face Paste needs nothing
-            crop = mask = ExecutionBlocker(face.nothing_wanted_message(found, options))
+            crop = mask = ExecutionBlocker(nothing_wanted_message(found, options))
         return io.NodeOutput(crop, region, mask)
 
 

@@ -19,7 +19,7 @@ from ..infinite_id_core.errors import (
     NameNotAllowedError,
     shown,
 )
-from ..infinite_id_core.faces.face import find_whole_pack
+from ..infinite_id_core.faces.pack import find_whole_pack
 from ..infinite_id_core.marks import mark_of
 
 ADAPTERS = "infinite_id"

@@ -86,7 +86,7 @@ def _is_identity(value: Any) -> bool:
 
 
 def _is_faces(value: Any) -> bool:
-    from ..infinite_id_core.faces.face import AlignedFace
+    from ..infinite_id_core.faces.align import AlignedFace
 
     return isinstance(value, tuple) and all(isinstance(one, AlignedFace) for one in value)
 

@@ -33,12 +33,9 @@ from infinite_id_core.encoders.encoders import (
     embed,
     parse_weights,
 )
-from infinite_id_core.faces.face import (
-    AlignedFace,
-    FaceOptions,
-    find_faces_in_batch,
-    load_face_models,
-)
+from infinite_id_core.faces.align import AlignedFace
+from infinite_id_core.faces.find import FaceOptions, find_faces_in_batch
+from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.files.pictures import read_picture
 from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, SamplingOptions
 from infinite_id_core.hosts.diffusers_unet import sample as sample_latents

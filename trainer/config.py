@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.faces.face import DEFAULT_PADDING
+from infinite_id_core.faces.align import DEFAULT_PADDING
 from infinite_id_core.method.attention import MIXING, STYLE, Mixing, StreamOptions, Style
 from infinite_id_core.method.identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
 from infinite_id_core.sdxl.schedule import SCHEDULER, TIMESTEPS, Scheduler

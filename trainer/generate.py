@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from infinite_id_core.encoders.encoders import EncodeOptions, embed
 from infinite_id_core.errors import OptionError
-from infinite_id_core.faces.face import FaceOptions, find_faces, load_face_models
+from infinite_id_core.faces.find import FaceOptions, find_faces
+from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.files.checkpoint import read_adapter, read_identity, replacing
 from infinite_id_core.hosts.diffusers_unet import (
     AppliedIdentity,

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from infinite_id_core.errors import FaceModelError
-from infinite_id_core.faces.face import detect_faces, load_face_models, read_face
+from infinite_id_core.faces.align import read_face
+from infinite_id_core.faces.detect import detect_faces
+from infinite_id_core.faces.pack import load_face_models
 
 
 class Recogniser(Protocol):

@@ -29,7 +29,7 @@ from ..errors import (
     WrongShapeError,
     shown,
 )
-from ..faces.face import AlignedFace
+from ..faces.align import AlignedFace
 from ..files.safetensors_file import Header, SafetensorsFile, open_safetensors, read_header
 from ..method.identity import (
     CLIP_LAYER,

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import ImageError, OptionError
-from .face import DetectedFace, FaceOptions, FoundFaces, IfNoFace, check_batch, to_rgb, wanted_faces
+from .detect import DetectedFace
+from .find import FaceOptions, FoundFaces, IfNoFace, wanted_faces
+from .pixels import check_batch, to_rgb
 
 WORKING_MULTIPLE = 64  # pixels: what SDXL's UNet and VAE divide without remainder
 

@@ -17,15 +17,11 @@ from torch import Tensor
 
 from ..encoders.encoders import ClipVision
 from ..errors import EncoderError, NoFaceError, OptionError
-from ..faces.face import (
-    align,
-    check_batch,
-    detect_faces,
-    no_face_message,
-    read_face,
-    recogniser_name,
-    to_rgb,
-)
+from ..faces.align import align, read_face
+from ..faces.detect import detect_faces
+from ..faces.find import no_face_message
+from ..faces.pack import recogniser_name
+from ..faces.pixels import check_batch, to_rgb
 from ..method.identity import Identity, check_match
 from .metrics import Scores, clip_i, clip_t, cosine, zero_filled
 

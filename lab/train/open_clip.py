@@ -33,7 +33,7 @@ OPTIONS = LoopOptions(steps=2800, rate=1.2e-3, warmup=100, weight_decay=0.01, em
 FACES_A_STEP = 32
 CAPTIONS_A_STEP = 32
 CAPTIONS_EVERY = 3  # steps; the others teach faces
-PADDING = 0.25  # of the aligned crop, as infinite_id_core.faces.face cuts it for E_clip
+PADDING = 0.25  # of the aligned crop, as infinite_id_core.faces.align cuts it for E_clip
 _CUT = round(RECOGNISER_SIZE * (1 + 2 * PADDING))  # pixels: faces as large as the teacher knows
 _MAP_LAYERS = 7  # of the recogniser's body: its last map, stride 16
 MAP_WIDTH = 96

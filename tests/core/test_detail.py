@@ -8,7 +8,8 @@ import torch
 
 from infinite_id_core import errors
 from infinite_id_core.faces import detail
-from infinite_id_core.faces.face import DetectedFace, FaceOptions, FoundFaces
+from infinite_id_core.faces.detect import DetectedFace
+from infinite_id_core.faces.find import FaceOptions, FoundFaces
 
 
 def detected(x0: float, y0: float, x1: float, y1: float) -> DetectedFace:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from infinite_id_core import errors
 from infinite_id_core.encoders import encoders
-from infinite_id_core.faces.face import AlignedFace, DetectedFace
+from infinite_id_core.faces.align import AlignedFace
+from infinite_id_core.faces.detect import DetectedFace
 from microworld.config import OPEN_CLIP
 
 

@@ -19,9 +19,24 @@ from insightface.utils import face_align
 from onnx import TensorProto, helper
 
 from infinite_id_core import errors, packages
-from infinite_id_core.faces import face
+from infinite_id_core.faces.align import _TEMPLATE, align, crop_matrix, read_face, similarity
+from infinite_id_core.faces.detect import DetectedFace, detect_faces
+from infinite_id_core.faces.find import (
+    FaceOptions,
+    find_faces,
+    find_faces_in_batch,
+    nothing_wanted_message,
+)
+from infinite_id_core.faces.pack import (
+    _check_provider,
+    choose_providers,
+    load_face_models,
+    recogniser_name,
+)
+from infinite_id_core.faces.pixels import to_bgr, to_rgb
+from infinite_id_core.faces.preview import _CHOSEN, _OTHER, numbered_preview
 
-TEMPLATE = face._TEMPLATE / 112
+TEMPLATE = _TEMPLATE / 112
 RED = torch.tensor([1.0, 0.0, 0.0])
 
 
@@ -98,14 +113,14 @@ THREE = ((300, 20, 40), (20, 100, 60), (150, 200, 80))
     ],
 )
 def test_numbering(order, sides):
-    options = face.FaceOptions(choose="all", order=order)
-    found = face.find_faces(MadeAnalysis(), picture(*THREE), options)
+    options = FaceOptions(choose="all", order=order)
+    found = find_faces(MadeAnalysis(), picture(*THREE), options)
     assert [round(f.box[2] - f.box[0]) for f in found.detected] == sides
     assert [f.index for f in found.chosen] == [0, 1, 2]
 
 
 def test_largest_is_the_default_and_keeps_its_number():
-    found = face.find_faces(MadeAnalysis(), picture(*THREE))
+    found = find_faces(MadeAnalysis(), picture(*THREE))
     (chosen,) = found.chosen
     assert chosen.index == 1
     assert chosen.detected.box == pytest.approx((150, 200, 230, 280))
@@ -113,26 +128,24 @@ def test_largest_is_the_default_and_keeps_its_number():
 
 
 def test_index_picks_that_number():
-    options = face.FaceOptions(choose="index", index=2)
-    found = face.find_faces(MadeAnalysis(), picture(*THREE), options)
+    options = FaceOptions(choose="index", index=2)
+    found = find_faces(MadeAnalysis(), picture(*THREE), options)
     assert found.chosen[0].detected.box[0] == pytest.approx(300)
 
 
 @pytest.mark.parametrize("index", [3, -1, 10**6])
 def test_index_out_of_range_names_the_number_found(index):
-    options = face.FaceOptions(choose="index", index=index)
+    options = FaceOptions(choose="index", index=index)
     with pytest.raises(errors.FaceIndexError, match=r"3 were found \(numbers 0 to 2"):
-        face.find_faces(MadeAnalysis(), picture(*THREE), options)
+        find_faces(MadeAnalysis(), picture(*THREE), options)
 
 
 def test_a_hundred_faces():
     blocks = [(10 + 40 * x, 10 + 40 * y, 24) for y in range(10) for x in range(10)]
-    found = face.find_faces(
-        MadeAnalysis(), picture(*blocks, size=(420, 420)), face.FaceOptions(choose="all")
-    )
+    found = find_faces(MadeAnalysis(), picture(*blocks, size=(420, 420)), FaceOptions(choose="all"))
     assert len(found.detected) == len(found.chosen) == 100
     assert {f.index for f in found.chosen} == set(range(100))
-    preview = face.numbered_preview(picture(*blocks, size=(420, 420)), found)
+    preview = numbered_preview(picture(*blocks, size=(420, 420)), found)
     assert preview.shape == (420, 420, 3)
 
 
@@ -142,7 +155,7 @@ def test_a_hundred_faces():
 )
 def test_options_outside_their_range(values):
     with pytest.raises(errors.OptionError):
-        face.FaceOptions(**values)
+        FaceOptions(**values)
 
 
 # --- nothing found -----------------------------------------------------------------------------
@@ -151,7 +164,7 @@ def test_options_outside_their_range(values):
 def test_no_face_says_what_was_tried():
     app = MadeAnalysis()
     with pytest.raises(errors.NoFaceError) as caught:
-        face.find_faces(app, picture())
+        find_faces(app, picture())
     for text in ("detector size 640;", "detector size 640 with a border", "detector size 128"):
         assert text in str(caught.value)
     assert len(app.det_model.calls) == 14  # its own size and six others, each with a border too
@@ -159,14 +172,14 @@ def test_no_face_says_what_was_tried():
 
 def test_smaller_detector_sizes_are_tried_and_the_detectors_own_stays():
     app = MadeAnalysis(RedDetector(smallest_size=320))
-    found = face.find_faces(app, picture(*THREE))
+    found = find_faces(app, picture(*THREE))
     assert found.tried[-1] == "detector size 320"
     assert app.det_model.input_sizes == [(640, 640)] and app.det_model.input_size == (640, 640)
 
 
 def test_tight_crops_get_a_border_and_coordinates_without_it():
     app = MadeAnalysis(RedDetector(needs_border=True))
-    found = face.find_faces(app, RED.expand(200, 200, 3).clone())
+    found = find_faces(app, RED.expand(200, 200, 3).clone())
     assert found.tried == ("detector size 640", "detector size 640 with a border")
     assert found.detected[0].box == pytest.approx((0, 0, 200, 200))
     assert np.allclose(found.detected[0].landmarks, TEMPLATE * 200, atol=0.01)
@@ -175,7 +188,7 @@ def test_tight_crops_get_a_border_and_coordinates_without_it():
 def test_a_detector_of_one_size_is_not_asked_for_others():
     app = MadeAnalysis()
     app.det_model.static_input_size = (640, 640)
-    assert face.detect_faces(app, picture()) == (
+    assert detect_faces(app, picture()) == (
         (),
         ("detector size 640", "detector size 640 with a border"),
     )
@@ -190,7 +203,7 @@ def test_the_detectors_failure_is_kept_and_leaves_its_size():
 
     app.det_model.detect = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        face.find_faces(app, picture(*THREE))
+        find_faces(app, picture(*THREE))
     assert app.det_model.input_sizes == [(640, 640)]
 
 
@@ -198,7 +211,7 @@ def test_a_detector_without_landmarks_is_named():
     app = MadeAnalysis()
     app.det_model.detect = lambda img, input_size=None: (np.ones((1, 5), np.float32), None)
     with pytest.raises(errors.FaceModelError, match="landmarks"):
-        face.find_faces(app, picture())
+        find_faces(app, picture())
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -207,38 +220,36 @@ def test_a_detector_without_landmarks_is_named():
 def test_a_frame_without_a_face_stops_or_is_skipped():
     frames = torch.stack([picture(THREE[0]), picture(), picture(*THREE)])
     with pytest.raises(errors.NoFaceError, match="in picture 1 of 3"):
-        face.find_faces_in_batch(MadeAnalysis(), frames)
-    found = face.find_faces_in_batch(MadeAnalysis(), frames, face.FaceOptions(choose="all"), "skip")
+        find_faces_in_batch(MadeAnalysis(), frames)
+    found = find_faces_in_batch(MadeAnalysis(), frames, FaceOptions(choose="all"), "skip")
     assert [len(f.chosen) for f in found] == [1, 0, 3]
     assert [c.frame for f in found for c in f.chosen] == [0, 2, 2, 2]
 
 
 def test_a_frame_without_the_wanted_face_stops_or_is_skipped():
     frames = torch.stack([picture(*THREE), picture(THREE[0]), picture()])
-    second = face.FaceOptions(choose="index", index=1)
+    second = FaceOptions(choose="index", index=1)
     with pytest.raises(errors.FaceIndexError, match="in picture 1 of 3 .*, and 1 were found"):
-        face.find_faces_in_batch(MadeAnalysis(), frames, second)
-    found = face.find_faces_in_batch(MadeAnalysis(), frames, second, "skip")
+        find_faces_in_batch(MadeAnalysis(), frames, second)
+    found = find_faces_in_batch(MadeAnalysis(), frames, second, "skip")
     assert [[c.index for c in f.chosen] for f in found] == [[1], [], []]
     assert [len(f.detected) for f in found] == [3, 1, 0]
     with pytest.raises(errors.OptionError, match="if_no_face"):
-        face.find_faces_in_batch(MadeAnalysis(), frames, second, "leave")
+        find_faces_in_batch(MadeAnalysis(), frames, second, "leave")
 
 
 def test_what_is_said_where_every_frame_was_skipped():
     frames = torch.stack([picture(THREE[0]), picture(*THREE)])
-    options = face.FaceOptions(choose="index", index=3)
-    found = face.find_faces_in_batch(MadeAnalysis(), frames, options, "skip")
-    assert "no picture shows more than 3 (numbers 0 to 2" in face.nothing_wanted_message(
-        found, options
-    )
-    nobody = face.find_faces_in_batch(MadeAnalysis(), frames[:1] * 0, options, "skip")
-    assert "No face was found" in face.nothing_wanted_message(nobody, options)
+    options = FaceOptions(choose="index", index=3)
+    found = find_faces_in_batch(MadeAnalysis(), frames, options, "skip")
+    assert "no picture shows more than 3 (numbers 0 to 2" in nothing_wanted_message(found, options)
+    nobody = find_faces_in_batch(MadeAnalysis(), frames[:1] * 0, options, "skip")
+    assert "No face was found" in nothing_wanted_message(nobody, options)
 
 
 @pytest.mark.parametrize("app", [5, None, {}, "buffalo_l", object()])
 def test_what_is_no_analysis_is_named(app):
-    for find in (face.find_faces, face.detect_faces):
+    for find in (find_faces, detect_faces):
         with pytest.raises(errors.FaceModelError):
             find(app, picture(*THREE))
 
@@ -246,7 +257,7 @@ def test_what_is_no_analysis_is_named(app):
 @pytest.mark.parametrize("shape", [(0, 64, 64, 3), (64, 64, 3), (1, 64, 64, 2), (1, 0, 64, 3)])
 def test_a_batch_that_is_none(shape):
     with pytest.raises(errors.ImageError):
-        face.find_faces_in_batch(MadeAnalysis(), torch.zeros(shape))
+        find_faces_in_batch(MadeAnalysis(), torch.zeros(shape))
 
 
 # --- pictures of every kind --------------------------------------------------------------------
@@ -255,12 +266,12 @@ def test_a_batch_that_is_none(shape):
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 500, 3), (0, 0, 3), (500, 15, 3)])
 def test_too_small_is_an_image_error(shape):
     with pytest.raises(errors.ImageError, match="too small"):
-        face.find_faces(MadeAnalysis(), torch.zeros(shape))
+        find_faces(MadeAnalysis(), torch.zeros(shape))
 
 
 def test_grey_equals_the_same_grey_in_rgb():
     grey = torch.rand(64, 80, 1, generator=torch.Generator().manual_seed(0))
-    one, three = (face._to_bgr(image).astype(int) for image in (grey, grey.expand(64, 80, 3)))
+    one, three = (to_bgr(image).astype(int) for image in (grey, grey.expand(64, 80, 3)))
     assert one.shape == (64, 80, 3) and np.abs(one - three).max() <= 1  # a rounding apart at most
 
 
@@ -268,7 +279,7 @@ def test_rgba_is_laid_on_white():
     rgba = torch.zeros(4, 4, 4)
     rgba[:2] = torch.tensor([0.2, 0.4, 0.6, 1.0])
     rgba[2:] = torch.tensor([0.2, 0.4, 0.6, 0.5])
-    rgb = face.to_rgb(rgba)
+    rgb = to_rgb(rgba)
     assert rgb[0, 0].tolist() == pytest.approx([0.2, 0.4, 0.6])
     assert rgb[3, 3].tolist() == pytest.approx([0.6, 0.7, 0.8])
 
@@ -276,19 +287,19 @@ def test_rgba_is_laid_on_white():
 def test_rgba_and_half_precision_find_the_same_faces():
     image = picture(*THREE)
     rgba = torch.cat([image, torch.ones(*image.shape[:2], 1)], dim=2).half()
-    boxes = [face.find_faces(MadeAnalysis(), i).detected[0].box for i in (image, rgba)]
+    boxes = [find_faces(MadeAnalysis(), i).detected[0].box for i in (image, rgba)]
     assert boxes[0] == pytest.approx(boxes[1], abs=1e-3)  # pixels
 
 
 def test_nan_pixels_are_black():
     image = torch.full((32, 32, 3), float("nan"))
-    assert face._to_bgr(image).max() == 0
+    assert to_bgr(image).max() == 0
 
 
 @pytest.mark.parametrize("shape", [(16, 3000, 3), (3000, 16, 3)])
 def test_thin_pictures_reach_the_detector_less_thin(shape):
     app = MadeAnalysis()
-    face.detect_faces(app, torch.zeros(shape))
+    detect_faces(app, torch.zeros(shape))
     assert all(max(s[:2]) / min(s[:2]) <= 8.5 for s, _ in app.det_model.calls)
 
 
@@ -297,26 +308,26 @@ def test_twenty_thousand_pixels_square_without_a_large_copy():
     huge = RED.expand(20000, 20000, 3)  # itself 12 bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     app = MadeAnalysis()
-    result = face.find_faces(app, huge)
+    result = find_faces(app, huge)
     (found,) = result.chosen
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown * (1 if sys.platform == "darwin" else 1024) < 1.0e9  # the picture: 4.8e9 bytes
     assert max(app.det_model.calls[0][0]) == 4000
     assert found.detected.box == pytest.approx((0, 0, 20000, 20000), abs=10)
     assert found.crop.shape == (224, 224, 3)
-    assert face.numbered_preview(huge, result).shape == (1024, 1024, 3)
+    assert numbered_preview(huge, result).shape == (1024, 1024, 3)
 
 
 def test_more_than_that_is_refused():
     with pytest.raises(errors.ImageError, match="70000"):
-        face.find_faces(MadeAnalysis(), torch.zeros(1, 1, 1).expand(70000, 100, 3))
+        find_faces(MadeAnalysis(), torch.zeros(1, 1, 1).expand(70000, 100, 3))
 
 
 def test_a_reduced_picture_gives_the_originals_coordinates():
     image = torch.full((1, 1, 1), 0.5).repeat(600, 9000, 3)
     image[120:420, 6000:6300] = RED
     app = MadeAnalysis()
-    found = face.find_faces(app, image)
+    found = find_faces(app, image)
     assert app.det_model.calls[0][0][1] == 3000
     assert found.detected[0].box == pytest.approx((6000, 120, 6300, 420), abs=3)
 
@@ -336,7 +347,7 @@ EYES = np.array([[206.0, 114.0], [248.0, 111.0], [232.0, 139.0], [214.0, 160.0],
 
 @pytest.mark.parametrize("size", [112, 224])
 def test_without_padding_it_is_insightfaces_crop(photo, size):
-    ours = face.align(photo, EYES, size, padding=0.0)
+    ours = align(photo, EYES, size, padding=0.0)
     theirs = face_align.norm_crop((photo.numpy() * 255).astype(np.uint8), EYES, size)
     difference = (ours * 255 - torch.from_numpy(theirs).float()).abs()
     assert difference.mean() < 0.35 and difference.max() < 8  # theirs rounds to 8 bits
@@ -344,28 +355,28 @@ def test_without_padding_it_is_insightfaces_crop(photo, size):
 
 @pytest.mark.parametrize("padding", [0.0, 0.25, 1.0])
 def test_landmarks_land_on_the_template(padding):
-    matrix = face.crop_matrix(EYES, 224, padding)
+    matrix = crop_matrix(EYES, 224, padding)
     at = EYES @ matrix[:, :2].T + matrix[:, 2]
     wanted = (TEMPLATE + padding) / (1 + 2 * padding) * 224
     assert np.abs(at - wanted).max() < 8  # a similarity cannot fit five points exactly
-    exact = face.similarity(wanted @ [[0.6, 0.8], [-0.8, 0.6]] * 3 + 7, wanted)
+    exact = similarity(wanted @ [[0.6, 0.8], [-0.8, 0.6]] * 3 + 7, wanted)
     assert exact[:, :2] @ exact[:, :2].T == pytest.approx(np.eye(2) / 9)
 
 
 def test_similarity_never_mirrors():
     mirrored = TEMPLATE * [-1, 1]
-    assert np.linalg.det(face.similarity(mirrored, TEMPLATE)[:, :2]) > 0
+    assert np.linalg.det(similarity(mirrored, TEMPLATE)[:, :2]) > 0
 
 
 def test_points_in_one_place_cannot_be_aligned():
     with pytest.raises(errors.FaceError, match="coincide"):
-        face.similarity(np.full((5, 2), 3.0), TEMPLATE)
+        similarity(np.full((5, 2), 3.0), TEMPLATE)
 
 
 def test_large_faces_are_averaged_not_sampled():
     checker = torch.zeros(2240, 2240, 3)
     checker[::2, ::2] = checker[1::2, 1::2] = 1.0
-    crop = face.align(checker, TEMPLATE * 2240, 224, padding=0.0)
+    crop = align(checker, TEMPLATE * 2240, 224, padding=0.0)
     assert crop[20:-20, 20:-20].std() < 0.02
     assert crop[20:-20, 20:-20].mean() == pytest.approx(0.5, abs=0.01)
 
@@ -373,16 +384,16 @@ def test_large_faces_are_averaged_not_sampled():
 def test_padding_shows_more():
     image = torch.zeros(400, 400, 3)
     image[100:300, 100:300] = 1.0
-    shown = [face.align(image, TEMPLATE * 200 + 100, 224, p).mean() for p in (0.0, 0.25, 0.5)]
+    shown = [align(image, TEMPLATE * 200 + 100, 224, p).mean() for p in (0.0, 0.25, 0.5)]
     assert [float(s) for s in shown] == pytest.approx([1.0, 1 / 2.25, 0.25], abs=0.02)
 
 
 def test_the_recogniser_reads_the_same_from_a_part_of_the_picture(photo):
     app = MadeAnalysis()
-    detected = face.DetectedFace(box=(180, 80, 270, 190), landmarks=EYES, score=0.9)
+    detected = DetectedFace(box=(180, 80, 270, 190), landmarks=EYES, score=0.9)
     record = Face(bbox=np.array(detected.box), kps=EYES.astype(np.float32), det_score=0.9)
-    whole = app.models["recognition"].get(face._to_bgr(photo), record)
-    part = face.read_face(app, photo, detected).numpy()
+    whole = app.models["recognition"].get(to_bgr(photo), record)
+    part = read_face(app, photo, detected).numpy()
     assert np.abs(part - whole).max() <= 2 and np.abs(part - whole).mean() < 0.2
 
 
@@ -391,13 +402,13 @@ def test_a_recogniser_that_gives_nonsense(embedding):
     app = MadeAnalysis()
     app.models["recognition"].get = lambda img, record: embedding
     with pytest.raises(errors.FaceModelError, match="made/reader"):
-        face.find_faces(app, picture(*THREE))
+        find_faces(app, picture(*THREE))
 
 
 def test_the_preview_marks_chosen_and_others(photo):
-    found = face.find_faces(MadeAnalysis(), picture(*THREE))
-    preview = face.numbered_preview(picture(*THREE), found)
-    green, amber = (torch.tensor(c) / 255 for c in (face._CHOSEN, face._OTHER))
+    found = find_faces(MadeAnalysis(), picture(*THREE))
+    preview = numbered_preview(picture(*THREE), found)
+    green, amber = (torch.tensor(c) / 255 for c in (_CHOSEN, _OTHER))
     assert ((preview - green).abs().sum(-1) < 0.02).sum() > 200
     assert ((preview - amber).abs().sum(-1) < 0.02).sum() > 200
 
@@ -429,12 +440,12 @@ def test_a_pack_loads_as_insightfaces_own_object(tmp_path):
     from insightface.app import FaceAnalysis
 
     detector_and_recogniser(tmp_path / "b" / "models" / "mine")
-    app = face.load_face_models("mine", [tmp_path / "a", tmp_path / "b"], "CPU", 320)
+    app = load_face_models("mine", [tmp_path / "a", tmp_path / "b"], "CPU", 320)
     assert isinstance(app, FaceAnalysis)
     assert app.det_model is app.models["detection"]
     assert app.det_model.input_sizes == [(320, 320)]
     assert app.models["recognition"].session.get_providers() == ["CPUExecutionProvider"]
-    assert face.recogniser_name(app) == "mine/w600k_made"
+    assert recogniser_name(app) == "mine/w600k_made"
 
 
 def test_a_missing_pack_lists_every_folder_and_downloads_nothing(tmp_path, monkeypatch):
@@ -442,7 +453,7 @@ def test_a_missing_pack_lists_every_folder_and_downloads_nothing(tmp_path, monke
 
     monkeypatch.setattr(socket, "socket", None)
     with pytest.raises(errors.FaceModelError) as caught:
-        face.load_face_models("buffalo_l", [tmp_path / "a", tmp_path / "b"])
+        load_face_models("buffalo_l", [tmp_path / "a", tmp_path / "b"])
     for root in "ab":
         assert str(tmp_path / root / "models" / "buffalo_l") in str(caught.value)
 
@@ -451,7 +462,7 @@ def test_a_nested_pack_names_the_fix(tmp_path):
     folder = tmp_path / "models" / "antelopev2"
     detector_and_recogniser(folder / "antelopev2")
     with pytest.raises(errors.FaceModelError, match="one folder too deep") as caught:
-        face.load_face_models("antelopev2", [tmp_path])
+        load_face_models("antelopev2", [tmp_path])
     assert f"up into {folder}." in str(caught.value)
 
 
@@ -459,7 +470,7 @@ def test_a_zip_that_is_not_unpacked(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "buffalo_l.zip").touch()
     with pytest.raises(errors.FaceModelError, match="not unpacked"):
-        face.load_face_models("buffalo_l", [tmp_path])
+        load_face_models("buffalo_l", [tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -472,14 +483,14 @@ def test_a_zip_that_is_not_unpacked(tmp_path):
 def test_half_a_pack(tmp_path, file, inputs, outputs, missing):
     write_onnx(tmp_path / "models" / "half" / file, inputs, outputs)
     with pytest.raises(errors.FaceModelError, match=f"has no {missing}.*holds {file}"):
-        face.load_face_models("half", [tmp_path], "CPU")
+        load_face_models("half", [tmp_path], "CPU")
 
 
 def test_a_damaged_file(tmp_path):
     detector_and_recogniser(tmp_path / "models" / "bad")
     (tmp_path / "models" / "bad" / "det_made.onnx").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(errors.FaceModelError, match="cannot be loaded"):
-        face.load_face_models("bad", [tmp_path], "CPU")
+        load_face_models("bad", [tmp_path], "CPU")
 
 
 @pytest.mark.parametrize(
@@ -488,20 +499,20 @@ def test_a_damaged_file(tmp_path):
 )
 def test_a_pack_name_stays_in_its_folder(tmp_path, pack):
     with pytest.raises(errors.NameNotAllowedError):
-        face.load_face_models(pack, [tmp_path])
+        load_face_models(pack, [tmp_path])
 
 
 @pytest.mark.parametrize("size", [0, 100, 8192, -640])
 def test_detector_sizes_that_cannot_be(tmp_path, size):
     with pytest.raises(errors.OptionError):
-        face.load_face_models("x", [tmp_path], "CPU", size)
+        load_face_models("x", [tmp_path], "CPU", size)
 
 
 def test_analysis_of_another_pack_without_recogniser_is_named():
     app = MadeAnalysis()
     del app.models["recognition"]
     with pytest.raises(errors.FaceModelError, match="They hold detection"):
-        face.find_faces(app, picture(*THREE))
+        find_faces(app, picture(*THREE))
 
 
 # --- providers and packages --------------------------------------------------------------------
@@ -521,20 +532,20 @@ CPU, CUDA, DML = "CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionP
     ],
 )
 def test_providers(provider, available, chosen):
-    assert face.choose_providers(provider, available) == chosen
+    assert choose_providers(provider, available) == chosen
 
 
 def test_a_provider_that_is_not_there_names_those_that_are():
     with pytest.raises(errors.FaceModelError, match="CUDA; this build has DirectML, CPU"):
-        face.choose_providers("CUDA", [DML, CPU])
+        choose_providers("CUDA", [DML, CPU])
 
 
 def test_a_provider_that_does_not_start(caplog):
     app = MadeAnalysis()
     app.models["recognition"].session = type("S", (), {"get_providers": lambda self: [CPU]})()
     with pytest.raises(errors.FaceModelError, match="cannot start it"):
-        face._check_provider(app, "CUDA", [CUDA, CPU])
-    face._check_provider(app, "auto", [CUDA, CPU])
+        _check_provider(app, "CUDA", [CUDA, CPU])
+    _check_provider(app, "auto", [CUDA, CPU])
     assert "cannot start it" in caplog.text
 
 
@@ -542,7 +553,7 @@ def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch):
     detector_and_recogniser(tmp_path / "models" / "mine")
     monkeypatch.setitem(sys.modules, "insightface.app", None)
     with pytest.raises(errors.MissingPackageError, match="pip install insightface onnxruntime"):
-        face.load_face_models("mine", [tmp_path])
+        load_face_models("mine", [tmp_path])
     with pytest.raises(errors.MissingPackageError, match="'no_such_thing' is needed to test"):
         packages.require("no_such_thing.part", "to test", "no-such-thing")
 

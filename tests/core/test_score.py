@@ -12,7 +12,7 @@ import torch
 
 from infinite_id_core import errors
 from infinite_id_core.encoders import encoders
-from infinite_id_core.faces.face import load_face_models
+from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.method.identity import Identity, IdentityConfig
 from infinite_id_core.scores import score
 from microworld import files

@@ -95,11 +95,11 @@ def test_same_preprocessing(pack, shape, crop):
 
 def test_comfyuis_encoder_makes_the_same_identity(pack, ours, theirs):
     core = pack.infinite_id_core
-    face = core.faces.face.AlignedFace(
+    face = core.faces.align.AlignedFace(
         crop=pictures(224, 224, 3),
         embedding=torch.arange(512.0),
         recogniser="made/reader",
-        detected=core.faces.face.DetectedFace(box=(0, 0, 1, 1), landmarks=None, score=1.0),
+        detected=core.faces.detect.DetectedFace(box=(0, 0, 1, 1), landmarks=None, score=1.0),
     )
     for layer in ("last", "penultimate"):
         options = core.encoders.encoders.EncodeOptions(clip_layer=layer)

@@ -70,7 +70,7 @@ def test_the_embedded_pack_is_insightfaces_own_object(pack, analysis):
     from insightface.app import FaceAnalysis
 
     assert isinstance(analysis, FaceAnalysis) and set(analysis.models) >= {"recognition"}
-    assert pack.infinite_id_core.faces.face.recogniser_name(analysis) == "microworld/rec"
+    assert pack.infinite_id_core.faces.pack.recogniser_name(analysis) == "microworld/rec"
     (face,) = analysis.get(np.ascontiguousarray(data.astronaut()[..., ::-1]))  # as others call it
     assert face.normed_embedding.shape == (512,)
 
@@ -103,7 +103,7 @@ def test_packs_are_listed_and_found_in_every_root(pack, comfy_base, tmp_path, mo
     options = schema["required"]["pack"][1]["options"]
     assert options == ["mine", EMBEDDED, "buffalo_l", "antelopev2"]
     (app,) = run("InfiniteIDFaceModelLoader", "mine", "auto", 320)
-    assert pack.infinite_id_core.faces.face.recogniser_name(app) == "mine/rec"
+    assert pack.infinite_id_core.faces.pack.recogniser_name(app) == "mine/rec"
 
 
 def test_a_missing_pack_and_provider(errors, comfy_base):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from infinite_id_core.encoders.encoders import ClipVision, load_open_clip
 from infinite_id_core.errors import FaceModelError, FileMissingError, OptionError
-from infinite_id_core.faces.face import DETECTOR_SIZE, align, detect_faces, load_face_models
+from infinite_id_core.faces.align import align
+from infinite_id_core.faces.detect import detect_faces
+from infinite_id_core.faces.pack import DETECTOR_SIZE, load_face_models
 from infinite_id_core.packages import require
 from infinite_id_core.scores.score import FaceReader, PackReader, ReadFace
 

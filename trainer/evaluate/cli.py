@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.faces.face import DETECTOR_SIZE
+from infinite_id_core.faces.pack import DETECTOR_SIZE
 from infinite_id_core.scores.metrics import BootstrapOptions
 
 from ..generate import Sources

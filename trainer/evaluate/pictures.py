@@ -21,7 +21,7 @@ from torch import Tensor
 
 from infinite_id_core.encoders.encoders import EncodeOptions, embed
 from infinite_id_core.errors import NoFaceError, OptionError
-from infinite_id_core.faces.face import FaceOptions, find_faces
+from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, sample
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.identity import Identity

@@ -13,14 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from infinite_id_core.errors import FaceModelError
-from infinite_id_core.faces.face import (
-    PROVIDERS,
-    DetectedFace,
-    crop_matrix,
-    detect_faces,
-    load_face_models,
-    recogniser_name,
-)
+from infinite_id_core.faces.align import crop_matrix
+from infinite_id_core.faces.detect import DetectedFace, detect_faces
+from infinite_id_core.faces.pack import PROVIDERS, load_face_models, recogniser_name
 from infinite_id_core.method.identity import FACE_WIDTH
 
 from .manifest import file_sha256, fingerprint_of

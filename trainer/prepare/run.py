@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.faces.face import find_pack
+from infinite_id_core.faces.pack import find_pack
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.files.pictures import readable_formats
 

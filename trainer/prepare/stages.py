@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infinite_id_core.errors import InfiniteIDError
-from infinite_id_core.faces.face import DetectedFace
+from infinite_id_core.faces.detect import DetectedFace
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.method.identity import FACE_WIDTH
 

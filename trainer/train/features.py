@@ -24,7 +24,7 @@ from infinite_id_core.encoders.encoders import (
     load_open_clip,
 )
 from infinite_id_core.errors import EncoderError, FileError
-from infinite_id_core.faces.face import CROP_SIZE, align
+from infinite_id_core.faces.align import CROP_SIZE, align
 from infinite_id_core.packages import require
 
 from ..config import Encoder, TrainConfig
