@@ -190,7 +190,7 @@ class Studio:
         return interpolate(own, self._read(person + 1, row, adapter), row.mix) if row.mix else own
 
     def _read(self, person: int, row: Row, adapter: Any) -> Any:
-        from infinite_id_core.encoders.encoders import EncodeOptions, embed
+        from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
         from infinite_id_core.faces.find import find_faces
 
         faces = []
@@ -199,7 +199,7 @@ class Studio:
             faces += found.chosen[:1]
         config = adapter.config
         options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
-        return embed(faces, image_encoder(), options)
+        return encode_faces(faces, image_encoder(), options)
 
     @torch.no_grad()
     def pictures(self, person: int, row: Row) -> NDArray[np.uint8]:
@@ -251,9 +251,9 @@ def face_models() -> Any:
 def image_encoder() -> Any:
     """The embedded open_clip model."""
     from trainer.config import Encoder
-    from trainer.train.features import load_clip_vision
+    from trainer.train.features import load_image_encoder
 
-    return load_clip_vision(Encoder(clip_model="microworld"))
+    return load_image_encoder(Encoder(clip_model="microworld"))
 
 
 def pieces(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
@@ -341,7 +341,7 @@ def _scored(row: Row, person: int, pictures: list[Picture]) -> list[list[Any]]:
     wanted = prompts_of(person)
     truth, crop = _reference(person)
     landmarks = [scoring.find_landmarks(picture) for picture in pictures]
-    embeddings, found = scoring.embed(pictures, landmarks)
+    embeddings, found = scoring.scorer_embeddings(pictures, landmarks)
     likeness = scoring.likeness(embeddings, np.repeat(truth[:1], len(pictures), axis=0))
     others = embeddings @ truth[1:].mean(axis=0)
     beside = embeddings @ _reference(person + 1)[0][0]  # to whom "mixed with another" leads
@@ -377,7 +377,7 @@ def _reference(person: int) -> tuple[NDArray[np.float32], Tensor]:
     """The scorer's embeddings of the reference and of three other photos; CLIP-I of the first."""
     photos = photos_of(person, 4)
     landmarks = [scoring.find_landmarks(photo) for photo in photos]
-    truth, _ = scoring.embed(photos, landmarks)
+    truth, _ = scoring.scorer_embeddings(photos, landmarks)
     crops = _crops(torch.from_numpy(np.stack(photos[:1])).float() / 255, landmarks[:1])
     embeds: Tensor = image_encoder().encode_image(crops).image_embeds
     return truth, embeds

@@ -96,7 +96,7 @@ def _detector(path: str) -> Any:
     return detector
 
 
-def embed(
+def scorer_embeddings(
     pictures: Sequence[Picture],
     landmarks: Sequence[NDArray[np.float64] | None] | None = None,
     *,
@@ -124,7 +124,7 @@ def embed(
 
 
 def likeness(first: Array, second: Array) -> NDArray[np.float32]:
-    """Cosines [B] of two sets of `embed`'s rows, pair by pair."""
+    """Cosines [B] of two sets of `scorer_embeddings`' rows, pair by pair."""
     return np.asarray((first * second).sum(axis=1))
 
 
@@ -147,7 +147,7 @@ def real_likeness(
             nuisance = Nuisance.sample(rng)
             pictures.append(render(identity, Attributes.sample(rng), nuisance))
             points.append(face_landmarks(identity, nuisance))
-    rows, _ = embed(pictures, points if exact else None, model=model)
+    rows, _ = scorer_embeddings(pictures, points if exact else None, model=model)
     same = float(likeness(rows[0::2], rows[1::2]).mean())
     other = float(likeness(rows[0::2], np.roll(rows[1::2], 1, axis=0)).mean())
     return same, other

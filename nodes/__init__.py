@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import adapter, apply, face, folders, identity, micro, score, style
+from . import apply, detail, face, folders, identity, micro, models, score, style
 
 
 class InfiniteIDExtension(ComfyExtension):
@@ -14,9 +14,10 @@ class InfiniteIDExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            *models.NODES,
             *face.NODES,
             *identity.NODES,
-            *adapter.NODES,
+            *detail.NODES,
             *apply.NODES,
             *micro.NODES,
             *style.NODES,

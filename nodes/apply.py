@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..infinite_id_core.method.attention import (
     MAX_STRENGTH,
@@ -11,9 +14,15 @@ from ..infinite_id_core.method.attention import (
     TEXT_STREAM,
     StreamOptions,
 )
-from .adapter import Adapter
 from .identity import IdentityType
 from .inputs import checked
+from .models import Adapter
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
+    from ..infinite_id_core.method.identity import Identity
 
 
 class InfiniteIDApply(io.ComfyNode):
@@ -106,7 +115,15 @@ class InfiniteIDApply(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model, adapter, identity, strength, start_percent, end_percent, mask=None, **stream
+        cls,
+        model: ModelPatcher,
+        adapter: LoadedAdapter,
+        identity: Identity,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mask: Tensor | None = None,
+        **stream: Any,
     ) -> io.NodeOutput:
         from ..infinite_id_core.hosts.comfyui import apply_identity
 

@@ -1,20 +1,34 @@
-"""Identities: encode, mix, save, load; and the open_clip encoder."""
+"""Identities: encode, mix, save, load."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io, ui
 
-from ..infinite_id_core.encoders import encoders
+from ..infinite_id_core.encoders.clip_vision import ClipVision
+from ..infinite_id_core.encoders.encode import (
+    COMBINE,
+    Combine,
+    EncodeOptions,
+    encode_faces,
+    parse_weights,
+)
 from ..infinite_id_core.errors import OptionError, shown
-from ..infinite_id_core.files import checkpoint, store
-from ..infinite_id_core.method.identity import CLIP_LAYER, EMBEDDING, interpolate, stack
+from ..infinite_id_core.faces.align import AlignedFace
+from ..infinite_id_core.files.checkpoint import read_identity
+from ..infinite_id_core.files.store import IF_EXISTS, IfExists, save_identity
+from ..infinite_id_core.method.identity import (
+    CLIP_LAYER,
+    EMBEDDING,
+    ClipLayer,
+    Embedding,
+    Identity,
+    interpolate,
+    stack,
+)
 from . import folders
-from .face import EMBEDDED, Faces
+from .face import Faces
 from .inputs import checked
 
-NO_FILE = "none (embedded)"
 MIX = ("stack", "interpolate")
 IdentityType = io.Custom("IDENTITY")
 
@@ -39,7 +53,7 @@ class InfiniteIDEncode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "combine",
-                    options=list(encoders.COMBINE),
+                    options=list(COMBINE),
                     default="stack",
                     tooltip="Several references: all of them side by side (stack), or their mean "
                     "as one (average, faster).",
@@ -72,87 +86,21 @@ class InfiniteIDEncode(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, faces, clip_vision, combine, weights="", clip_layer="last", embedding="normed"
+        cls,
+        faces: tuple[AlignedFace, ...],
+        clip_vision: ClipVision,
+        combine: Combine,
+        weights: str = "",
+        clip_layer: ClipLayer = "last",
+        embedding: Embedding = "normed",
     ) -> io.NodeOutput:
-        options = encoders.EncodeOptions(
+        options = EncodeOptions(
             combine=combine,
-            weights=encoders.parse_weights(weights),
+            weights=parse_weights(weights),
             clip_layer=clip_layer,
             embedding=embedding,
         )
-        return io.NodeOutput(encoders.embed(faces, clip_vision, options))
-
-
-class InfiniteIDOpenClipLoader(io.ComfyNode):
-    """An image encoder from open_clip's own weights."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="InfiniteIDOpenClipLoader",
-            display_name="Infinite-ID Load open_clip",
-            category="Infinite-ID",
-            description="Loads an image encoder from a file in models/clip_vision, in "
-            "open_clip's or in transformers' naming.",
-            inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=[EMBEDDED, *encoders.open_clip_models()],
-                    tooltip="The kind of model the file holds. "
-                    f"'{EMBEDDED}' goes with the Micro Model node and needs no file.",
-                ),
-                io.Combo.Input(
-                    "weights_file",
-                    options=[NO_FILE, *folders.clip_vision_files()],
-                    tooltip="A .safetensors file in models/clip_vision.",
-                ),
-            ],
-            outputs=[
-                io.ClipVision.Output(
-                    display_name="clip_vision", tooltip="Fits wherever a CLIP vision model fits."
-                )
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(
-        cls, model: str | None = None, weights_file: str | None = None
-    ) -> bool | str:
-        if model not in (None, EMBEDDED, *encoders.open_clip_models()):
-            return str(_no_such_model(model))
-        return model in (None, EMBEDDED) or folders.check(weights_file, _weights_path)
-
-    @classmethod
-    def fingerprint_inputs(
-        cls, model: str | None = None, weights_file: str | None = None
-    ) -> str | float:
-        return EMBEDDED if model == EMBEDDED else folders.mark(weights_file, _weights_path)
-
-    @classmethod
-    @checked
-    def execute(cls, model, weights_file) -> io.NodeOutput:
-        from . import clip_vision
-
-        if model == EMBEDDED:
-            return io.NodeOutput(clip_vision.load_embedded())
-        if model not in encoders.open_clip_models():
-            raise _no_such_model(model)
-        return io.NodeOutput(clip_vision.load(model, _weights_path(weights_file)))
-
-
-def _weights_path(name: str) -> Path:
-    """The weights of a model. Raises as ``folders.clip_vision_path``, and ``OptionError``."""
-    if name == NO_FILE:
-        raise OptionError(
-            "This model needs its weights: choose a .safetensors file of models/clip_vision, or "
-            f"the model '{EMBEDDED}', which needs none."
-        )
-    return folders.clip_vision_path(name)
-
-
-def _no_such_model(model: object) -> OptionError:
-    known = ", ".join([EMBEDDED, *encoders.open_clip_models()])
-    return OptionError(f"model must be one of {known}; got {shown(model)}.")
+        return io.NodeOutput(encode_faces(faces, clip_vision, options))
 
 
 class InfiniteIDMix(io.ComfyNode):
@@ -189,7 +137,9 @@ class InfiniteIDMix(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, identity_a, identity_b, mode, ratio) -> io.NodeOutput:
+    def execute(
+        cls, identity_a: Identity, identity_b: Identity, mode: str, ratio: float
+    ) -> io.NodeOutput:
         if mode not in MIX:
             raise OptionError(f"mode must be one of {', '.join(MIX)}; got {shown(mode)}.")
         # At the ends only one of them is left, in either mode; a weight must be positive.
@@ -221,7 +171,7 @@ class InfiniteIDSaveIdentity(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "if_exists",
-                    options=list(store.IF_EXISTS),
+                    options=list(IF_EXISTS),
                     default="keep both",
                     tooltip="Where the name is taken: number the new file (keep both), replace "
                     "the old one (overwrite), or stop (error).",
@@ -237,8 +187,8 @@ class InfiniteIDSaveIdentity(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, identity, name, if_exists) -> io.NodeOutput:
-        path = store.save_identity(identity, folders.identity_folder(), name, if_exists)
+    def execute(cls, identity: Identity, name: str, if_exists: IfExists) -> io.NodeOutput:
+        path = save_identity(identity, folders.identity_folder(), name, if_exists)
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"Saved {path.name}"))
 
 
@@ -273,13 +223,12 @@ class InfiniteIDLoadIdentity(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(checkpoint.read_identity(folders.identity_path(file)))
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(read_identity(folders.identity_path(file)))
 
 
 NODES: list[type[io.ComfyNode]] = [
     InfiniteIDEncode,
-    InfiniteIDOpenClipLoader,
     InfiniteIDMix,
     InfiniteIDSaveIdentity,
     InfiniteIDLoadIdentity,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from comfy_api.latest import io, ui
 
-from ..microworld import comfy_models, files, people, random_weights
+from ..microworld import comfy_models, people
 from .inputs import checked
 from .page import KEEPS_PREVIEW
-
-if TYPE_CHECKING:
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
 
 
 class InfiniteIDMicroModel(io.ComfyNode):
@@ -80,27 +75,9 @@ class InfiniteIDMicroPortrait(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, person, size) -> io.NodeOutput:
+    def execute(cls, person: int, size: int) -> io.NodeOutput:
         drawn = torch.from_numpy(people.reference_picture(person, size)).float()[None] / 255.0
         return io.NodeOutput(drawn, ui=ui.PreviewImage(drawn, cls=cls))
-
-
-def embedded_adapter() -> LoadedAdapter:
-    """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
-    import comfy.ops
-
-    from ..infinite_id_core.files.checkpoint import build_adapter
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter, load_adapter, model_layers
-    from ..infinite_id_core.method.adapter import Adapter, AdapterConfig
-
-    if files.ADAPTER.is_file():
-        return load_adapter(files.ADAPTER)
-    config = AdapterConfig(**random_weights.adapter_config())
-    widths = {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())}
-    with torch.device("meta"):
-        shapes = Adapter(config, widths).state_dict()
-    tensors = random_weights.seeded_state_dict(shapes, seed=0)
-    return LoadedAdapter(build_adapter(config, tensors, comfy.ops.manual_cast))
 
 
 NODES: list[type[io.ComfyNode]] = [InfiniteIDMicroModel, InfiniteIDMicroPortrait]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
-from ..infinite_id_core.scores import score
-from .face import FaceAnalysis
+from ..infinite_id_core.scores.score import PackReader, score_batch
 from .identity import IdentityType
 from .inputs import checked
+from .models import FaceAnalysis
 
 
 class InfiniteIDScore(io.ComfyNode):
@@ -73,17 +76,8 @@ class InfiniteIDScore(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(
-        cls, images, face_analysis, identity=None, reference=None, clip_vision=None, prompt=""
-    ) -> io.NodeOutput:
-        scores = score.score_batch(
-            score.PackReader(face_analysis),
-            images,
-            identity=identity,
-            reference=reference,
-            clip_vision=clip_vision,
-            prompt=prompt,
-        )
+    def execute(cls, images: Tensor, face_analysis: Any, **person: Any) -> io.NodeOutput:
+        scores = score_batch(PackReader(face_analysis), images, **person)
         order, table = scores.ranking(), scores.table()
         ranked = images[torch.tensor(order, device=images.device)]
         likeness = float(scores.m_face[order[0]]) if scores.found[order[0]] else 0.0

@@ -27,12 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infinite_id_core.encoders.encoders import (
-    EncodeOptions,
-    OpenClipVision,
-    embed,
-    parse_weights,
-)
+from infinite_id_core.encoders.encode import EncodeOptions, encode_faces, parse_weights
+from infinite_id_core.encoders.open_clip import OpenClipVision
 from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.find import FaceOptions, find_faces_in_batch
 from infinite_id_core.faces.pack import load_face_models
@@ -49,7 +45,7 @@ from trainer.generate import load_adapter
 from trainer.models.text import TextEncoders, load_text_encoders
 from trainer.models.unet import MICROWORLD, load_unet
 from trainer.models.vae import STRIDE, Autoencoder, load_vae
-from trainer.train.features import load_clip_vision
+from trainer.train.features import load_image_encoder
 
 from .comfy_live import ImageRef, Result
 from .workflow_api import UnknownNode, WorkflowError
@@ -106,7 +102,7 @@ def face_model_loader(*, pack: str, provider: str, detector_size: int) -> tuple[
 
 def open_clip_loader(*, model: str, weights_file: str) -> tuple[OpenClipVision]:
     _embedded(model)
-    return (load_clip_vision(Encoder(clip_model=MICROWORLD)),)
+    return (load_image_encoder(Encoder(clip_model=MICROWORLD)),)
 
 
 def _embedded(file: str) -> None:
@@ -148,7 +144,7 @@ def encode(
         clip_layer=clip_layer,
         embedding=embedding,
     )
-    return (embed(faces, clip_vision, options),)
+    return (encode_faces(faces, clip_vision, options),)
 
 
 def apply(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from infinite_id_core.encoders.encoders import EncodeOptions, embed
+from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.faces.pack import load_face_models
@@ -43,7 +43,7 @@ from .models.unet import HEAD_WIDTH, MICROWORLD, load_unet
 from .models.vae import STRIDE, load_vae
 from .prepare.photo import PhotoError, read_pixels
 from .prompts import PromptFile, read_prompts, write_prompts
-from .train.features import load_clip_vision
+from .train.features import load_image_encoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -167,7 +167,7 @@ def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: st
     found = find_faces(app, torch.from_numpy(pixels), FaceOptions())
     encoder = Encoder(clip_model=config.clip_model, clip_weights=clip_weights)
     options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
-    return embed(found.chosen, load_clip_vision(encoder), options)
+    return encode_faces(found.chosen, load_image_encoder(encoder), options)
 
 
 def _embedded_faces() -> Path:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..errors import EncoderError, MissingTensorError
 from ..files.safetensors_file import open_safetensors
 from ..packages import require
+from .clip_files import read_floats, stored_shapes
 from .clip_names import same_names, text_side
-from .encoders import read_floats
 
 _BATCH = 64  # texts
 _PREFIXES = ("", "text.")  # open_clip's CLIP keeps its text side at the top, others below `text`
@@ -52,9 +52,7 @@ def load_text_tower(config: Mapping[str, Any], model: str, path: Path) -> TextTo
         sources = text_side(shapes, header.tensors)
         if sources is None:
             sources = same_names(shapes, _prefix(header.tensors))
-        wanted: dict[str, Sequence[int]] = {}
-        for name, source in sources.items():
-            wanted.update(source.shapes(shapes[name]))
+        wanted = stored_shapes(sources, shapes)
         missing = sorted(wanted.keys() - header.tensors.keys())
         if missing:
             raise MissingTensorError(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders.encoders import ClipVision
+from ..encoders.clip_vision import ClipVision
 from ..errors import EncoderError, NoFaceError, OptionError
 from ..faces.align import align, read_face
 from ..faces.detect import detect_faces

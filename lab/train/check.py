@@ -50,9 +50,9 @@ def check(folder: Path, out: Path, count: int) -> Iterator[str]:
         batch = prompts[start : min(start + _BATCH, count)]
         made += list(generate(model, vae, batch, seed=start).numpy())
     yield f"attributes of {count} sampled: {_rates(scoring.prompt_kept(made, prompts[:count]))}"
-    rows, found = scoring.embed(made)
+    rows, found = scoring.scorer_embeddings(made)
     yield f"faces found in samples: {found.mean():.3f}"
-    references, _ = scoring.embed(real[:count])
+    references, _ = scoring.scorer_embeddings(real[:count])
     yield f"likeness of the plain base: {scoring.likeness(rows, references).mean():.3f}"
     out.parent.mkdir(parents=True, exist_ok=True)
     wide = 12

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infinite_id_core import errors
-from infinite_id_core.encoders import clip_text, encoders
+from infinite_id_core.encoders import clip_text
+from infinite_id_core.encoders.clip_vision import hidden_states, preprocess
+from infinite_id_core.encoders.open_clip import load_open_clip
 from microworld.config import OPEN_CLIP
 from trainer.config import Encoder
-from trainer.train.features import check_clip_vision, load_clip_vision
+from trainer.train.features import check_image_encoder, load_image_encoder
 
 NAME = "tiny-of-two-names"
 TEXTS = ["a photo of a person", "a red hat"]
@@ -82,9 +84,9 @@ def file(theirs: Any, tmp_path: Path) -> Path:
 
 
 def test_the_states_are_transformers_own(theirs: Any, file: Path, listed: str) -> None:
-    vision = encoders.load_open_clip(listed, file)
+    vision = load_open_clip(listed, file)
     images = torch.rand(2, 224, 224, 3, generator=torch.Generator().manual_seed(0))
-    pixels = encoders.preprocess(images)
+    pixels = preprocess(images)
     with torch.no_grad():
         inner = theirs.vision_model(pixels, output_hidden_states=True)
         embeds = theirs.visual_projection(inner.pooler_output)
@@ -105,20 +107,20 @@ def test_both_namings_give_the_same_weights_and_states(
     file: Path, listed: str, tmp_path: Path
 ) -> None:
     """In the trainer as in the node: it is one function."""
-    first = load_clip_vision(Encoder(clip_model=listed, clip_weights=str(file)))
+    first = load_image_encoder(Encoder(clip_model=listed, clip_weights=str(file)))
     other = tmp_path / "open_clip.safetensors"
     tower = {f"visual.{k}": v.contiguous() for k, v in first.model.state_dict().items()}
     save_file(tower, other)
-    second = load_clip_vision(Encoder(clip_model=listed, clip_weights=str(other)))
+    second = load_image_encoder(Encoder(clip_model=listed, clip_weights=str(other)))
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
     images = torch.rand(1, 224, 224, 3, generator=torch.Generator().manual_seed(0))
-    states = [encoders.hidden_states(v, list(images), "last") for v in (first, second)]
+    states = [hidden_states(v, list(images), "last") for v in (first, second)]
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
 
 
 def test_both_namings_pass_the_trainers_check(file: Path, listed: str) -> None:
-    check_clip_vision(Encoder(clip_model=listed, clip_weights=str(file)))
+    check_image_encoder(Encoder(clip_model=listed, clip_weights=str(file)))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_what_does_not_fit_is_named_by_check_and_load(
             state[name] = torch.zeros(size, size)
     save_file(state, file)
     encoder = Encoder(clip_model=listed, clip_weights=str(file))
-    for read in (check_clip_vision, load_clip_vision):
+    for read in (check_image_encoder, load_image_encoder):
         with pytest.raises(error, match="model.safetensors"):
             read(encoder)
 
@@ -151,6 +153,6 @@ def test_a_file_of_the_image_side_alone_has_no_texts(file: Path, listed: str) ->
     """As IP-Adapter's image encoders are."""
     state = {k: v for k, v in load_file(file).items() if k.startswith("vi")}
     save_file(state, file)
-    assert encoders.load_open_clip(listed, file).clip_model == listed
+    assert load_open_clip(listed, file).clip_model == listed
     with pytest.raises(errors.MissingTensorError, match="text side"):
         clip_text.load_text_tower(copy.deepcopy(OPEN_CLIP), listed, file)

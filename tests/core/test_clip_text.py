@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from infinite_id_core import errors
-from infinite_id_core.encoders import clip_text, encoders
+from infinite_id_core.encoders import clip_text
+from infinite_id_core.encoders.open_clip import build_open_clip, load_open_clip
 from infinite_id_core.scores import metrics
 from microworld.config import OPEN_CLIP
 
@@ -78,20 +79,20 @@ def test_many_and_overlong_texts(model):
 
 
 def test_the_image_encoder_reads_texts_beside_its_pictures(model, wanted, tmp_path):
-    tiny = encoders.build_open_clip(OPEN_CLIP, model.state_dict(), "tiny")
+    tiny = build_open_clip(OPEN_CLIP, model.state_dict(), "tiny")
     assert tiny.read_texts is not None
     same(tiny.read_texts(TEXTS), wanted)
     embeds = tiny.encode_image(torch.rand(2, 64, 64, 3)).image_embeds
     assert embeds.shape == (2, wanted.shape[1])
     tower = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
-    assert encoders.build_open_clip(OPEN_CLIP, tower, "tiny").read_texts is None
+    assert build_open_clip(OPEN_CLIP, tower, "tiny").read_texts is None
 
 
 def test_a_named_model_from_a_file_reads_texts(model, tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, "list_models", lambda: ["tiny"])
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: copy.deepcopy(OPEN_CLIP))
     path = saved(tmp_path / "tiny.safetensors", model.state_dict())
-    vision = encoders.load_open_clip("tiny", path)
+    vision = load_open_clip("tiny", path)
     assert vision.read_texts is not None
     with torch.no_grad():
         tokens = open_clip.tokenizer.SimpleTokenizer()(TEXTS, model.context_length)

@@ -16,7 +16,20 @@ import torch
 from safetensors.torch import save_file
 
 from infinite_id_core import errors
-from infinite_id_core.encoders import encoders
+from infinite_id_core.encoders.clip_vision import (
+    CLIP_MEAN,
+    CLIP_STD,
+    encoder_name,
+    hidden_states,
+    preprocess,
+)
+from infinite_id_core.encoders.encode import (
+    EncodeOptions,
+    encode_faces,
+    face_embedding,
+    parse_weights,
+)
+from infinite_id_core.encoders.open_clip import OpenClipVision, build_open_clip, load_open_clip
 from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.detect import DetectedFace
 from microworld.config import OPEN_CLIP
@@ -33,8 +46,8 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tiny(model) -> encoders.OpenClipVision:
-    return encoders.build_open_clip(OPEN_CLIP, model.state_dict(), "microworld")
+def tiny(model) -> OpenClipVision:
+    return build_open_clip(OPEN_CLIP, model.state_dict(), "microworld")
 
 
 def made_face(seed: int = 0, recogniser: str = "made/reader", size: int = 224) -> AlignedFace:
@@ -65,16 +78,16 @@ class MadeVision:
 
 def test_normed_has_length_one_and_raw_is_untouched():
     face = made_face()
-    assert encoders.face_embedding(face).norm() == pytest.approx(1.0)
-    assert torch.equal(encoders.face_embedding(face, "raw"), face.embedding)
+    assert face_embedding(face).norm() == pytest.approx(1.0)
+    assert torch.equal(face_embedding(face, "raw"), face.embedding)
 
 
 # --- an identity ---------------------------------------------------------------------------------
 
 
 def test_stack_keeps_every_face_with_its_weight():
-    options = encoders.EncodeOptions(weights=(1.0, 0.5), clip_layer="penultimate", embedding="raw")
-    identity = encoders.embed([made_face(0), made_face(1)], MadeVision(), options)
+    options = EncodeOptions(weights=(1.0, 0.5), clip_layer="penultimate", embedding="raw")
+    identity = encode_faces([made_face(0), made_face(1)], MadeVision(), options)
     assert identity.face.shape == (2, 512) and identity.clip.shape == (2, 257, 1280)
     assert identity.weight.tolist() == [1.0, 0.5]
     assert identity.clip.unique().tolist() == [2.0]  # the penultimate states
@@ -85,44 +98,44 @@ def test_stack_keeps_every_face_with_its_weight():
 
 
 def test_average_is_one_reference():
-    options = encoders.EncodeOptions(combine="average", weights=(3.0, 1.0))
-    identity = encoders.embed([made_face(0), made_face(1)], MadeVision(), options)
-    first, second = (encoders.face_embedding(made_face(i)) for i in (0, 1))
+    options = EncodeOptions(combine="average", weights=(3.0, 1.0))
+    identity = encode_faces([made_face(0), made_face(1)], MadeVision(), options)
+    first, second = (face_embedding(made_face(i)) for i in (0, 1))
     wanted = torch.nn.functional.normalize(0.75 * first + 0.25 * second, dim=0)
     assert torch.allclose(identity.face[0], wanted, atol=1e-6)
 
 
 def test_a_hundred_faces_are_encoded_in_parts():
     vision = MadeVision(width=8)
-    identity = encoders.embed([made_face(i, size=32) for i in range(100)], vision)
+    identity = encode_faces([made_face(i, size=32) for i in range(100)], vision)
     assert identity.references == 100
     assert max(vision.sizes) == 16 and sum(vision.sizes) == 100
 
 
 def test_no_face_wrong_weights_and_mixed_recognisers():
     with pytest.raises(errors.OptionError, match="At least one face"):
-        encoders.embed([], MadeVision())
+        encode_faces([], MadeVision())
     with pytest.raises(errors.OptionError, match="Expected 1 weights, .* got 2"):
-        encoders.embed([made_face()], MadeVision(), encoders.EncodeOptions(weights=(1.0, 2.0)))
+        encode_faces([made_face()], MadeVision(), EncodeOptions(weights=(1.0, 2.0)))
     with pytest.raises(errors.OptionError, match="positive"):
-        encoders.embed([made_face()], MadeVision(), encoders.EncodeOptions(weights=(0.0,)))
+        encode_faces([made_face()], MadeVision(), EncodeOptions(weights=(0.0,)))
     with pytest.raises(errors.IdentityMismatchError, match="made/reader.*other/reader"):
-        encoders.embed([made_face(), made_face(1, "other/reader")], MadeVision())
+        encode_faces([made_face(), made_face(1, "other/reader")], MadeVision())
     with pytest.raises(errors.OptionError, match="combine"):
-        encoders.EncodeOptions(combine="sum")  # type: ignore[arg-type]
+        EncodeOptions(combine="sum")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("text", "weights"), [("", ()), ("  ", ()), ("1, 0.5", (1.0, 0.5)), ("2;3", (2.0, 3.0))]
 )
 def test_weights_as_text(text, weights):
-    assert encoders.parse_weights(text) == weights
+    assert parse_weights(text) == weights
 
 
 @pytest.mark.parametrize("text", ["a", "1,,2", "1 2", ","])
 def test_weights_that_are_no_numbers(text):
     with pytest.raises(errors.OptionError, match="separated by commas"):
-        encoders.parse_weights(text)
+        parse_weights(text)
 
 
 # --- encoders that do not fit --------------------------------------------------------------------
@@ -130,14 +143,14 @@ def test_weights_that_are_no_numbers(text):
 
 def test_wrong_tokens_name_what_is_wanted_and_what_was_given():
     with pytest.raises(errors.EncoderError, match="257 tokens.*577 tokens of width 1024"):
-        encoders.embed([made_face()], MadeVision(577, 1024))
+        encode_faces([made_face()], MadeVision(577, 1024))
 
 
 def test_nan_and_nothing_are_refused():
     with pytest.raises(errors.EncoderError, match="NaN"):
-        encoders.embed([made_face()], MadeVision(value=float("nan")))
+        encode_faces([made_face()], MadeVision(value=float("nan")))
     with pytest.raises(errors.EncoderError, match="got nothing"):
-        encoders.hidden_states(
+        hidden_states(
             type("V", (), {"encode_image": lambda self, image: None})(), [made_face().crop], "last"
         )
 
@@ -147,13 +160,13 @@ def test_nan_and_nothing_are_refused():
     [(1280, "ViT-H-14"), (1664, "ViT-bigG-14"), (1024, "ViT-L-14"), (96, "vit-96")],
 )
 def test_encoders_are_named_by_width(width, name):
-    assert encoders.encoder_name(MadeVision(width=width), width) == name
+    assert encoder_name(MadeVision(width=width), width) == name
 
 
 def test_open_clip_names_agree_with_the_width_names(tiny):
-    assert encoders.encoder_name(tiny, 96) == "microworld"
-    quick = encoders.OpenClipVision(tiny.model, "ViT-L-14-quickgelu")
-    assert encoders.encoder_name(quick, 1024) == "ViT-L-14"
+    assert encoder_name(tiny, 96) == "microworld"
+    quick = OpenClipVision(tiny.model, "ViT-L-14-quickgelu")
+    assert encoder_name(quick, 1024) == "ViT-L-14"
 
 
 # --- open_clip -----------------------------------------------------------------------------------
@@ -173,7 +186,7 @@ def by_hooks(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def test_hidden_states_are_those_inside_open_clips_own_pass(model, tiny):
     images = torch.rand(3, 224, 224, 3, generator=generator())
-    before_last, last, features = by_hooks(model, encoders.preprocess(images))
+    before_last, last, features = by_hooks(model, preprocess(images))
     out = tiny.encode_image(images)
     assert out.last_hidden_state.shape == (3, 257, 96)
     assert torch.allclose(out.last_hidden_state, last, rtol=1e-4, atol=1e-5)
@@ -187,9 +200,9 @@ def test_half_weights_compute_in_float32_and_stay_half(model, dtype):
     narrow = {k: v.to(dtype) for k, v in model.state_dict().items()}
     wide = {k: v.float() for k, v in narrow.items()}
     images = torch.rand(2, 224, 224, 3, generator=generator())
-    vision = encoders.build_open_clip(OPEN_CLIP, narrow, "microworld")
+    vision = build_open_clip(OPEN_CLIP, narrow, "microworld")
     out = vision.encode_image(images).last_hidden_state
-    wanted = encoders.build_open_clip(OPEN_CLIP, wide, "x").encode_image(images).last_hidden_state
+    wanted = build_open_clip(OPEN_CLIP, wide, "x").encode_image(images).last_hidden_state
     assert out.dtype == torch.float32 and torch.allclose(out, wanted, rtol=1e-4, atol=1e-5)
     assert vision.model.transformer.resblocks[0].mlp.c_fc.weight.dtype == dtype
 
@@ -203,11 +216,11 @@ def test_preprocessing_against_open_clips_own(model):
         pixels.permute(2, 0, 1)[None], size=(400, 600), mode="bicubic"
     ).clamp(0, 1)[0].permute(1, 2, 0)  # fmt: skip
     pixels = (pixels * 255).round() / 255
-    transform = open_clip.image_transform(224, is_train=False, mean=encoders.CLIP_MEAN,
-                                          std=encoders.CLIP_STD)  # fmt: skip
+    transform = open_clip.image_transform(224, is_train=False, mean=CLIP_MEAN,
+                                          std=CLIP_STD)  # fmt: skip
     theirs = transform(Image.fromarray((pixels.numpy() * 255).astype(np.uint8)))
-    ours = encoders.preprocess(pixels[None])[0]
-    levels = ((ours - theirs) * torch.tensor(encoders.CLIP_STD).view(3, 1, 1) * 255).abs()
+    ours = preprocess(pixels[None])[0]
+    levels = ((ours - theirs) * torch.tensor(CLIP_STD).view(3, 1, 1) * 255).abs()
     assert ours.shape == (3, 224, 224) and levels.max() < 2.1
 
 
@@ -254,7 +267,7 @@ CONV = "visual.conv1.weight"
 def test_a_file_gives_the_models_states(tmp_path, model, tiny, named_tiny, prefix):
     tower = {prefix + k: v.clone() for k, v in model.visual.state_dict().items()}
     save_file(tower, tmp_path / "w.safetensors")
-    loaded = encoders.load_open_clip(named_tiny, tmp_path / "w.safetensors")
+    loaded = load_open_clip(named_tiny, tmp_path / "w.safetensors")
     images = torch.rand(1, 224, 224, 3, generator=generator())
     for name, tensor in tiny.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name  # as it was written
@@ -281,7 +294,7 @@ def test_bad_files_are_named(tmp_path, model, named_tiny, changes, error):
     path = tmp_path / "bad.safetensors"
     save_file(weights(model, **changes), path)
     with pytest.raises(error, match="bad.safetensors"):
-        encoders.load_open_clip(named_tiny, path)
+        load_open_clip(named_tiny, path)
 
 
 def test_a_pickle_is_refused_and_does_not_run(tmp_path, named_tiny):
@@ -292,7 +305,7 @@ def test_a_pickle_is_refused_and_does_not_run(tmp_path, named_tiny):
     path = tmp_path / "open_clip_model.safetensors"
     torch.save({"visual.conv1.weight": Trap()}, path)
     with pytest.raises(errors.NotSafetensorsError):
-        encoders.load_open_clip(named_tiny, path)
+        load_open_clip(named_tiny, path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -301,7 +314,7 @@ def test_a_truncated_file(tmp_path, model, named_tiny):
     save_file(weights(model), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(errors.TruncatedFileError):
-        encoders.load_open_clip(named_tiny, path)
+        load_open_clip(named_tiny, path)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +330,10 @@ def test_a_truncated_file(tmp_path, model, named_tiny):
 )
 def test_models_that_do_not_fit(tmp_path, name, problem):
     with pytest.raises(errors.EncoderError, match=problem):
-        encoders.load_open_clip(name, tmp_path / "none.safetensors")
+        load_open_clip(name, tmp_path / "none.safetensors")
 
 
 def test_open_clip_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(errors.MissingPackageError, match="pip install open_clip_torch"):
-        encoders.load_open_clip("ViT-H-14", tmp_path / "none.safetensors")
+        load_open_clip("ViT-H-14", tmp_path / "none.safetensors")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infinite_id_core import errors
-from infinite_id_core.encoders import encoders
+from infinite_id_core.encoders.open_clip import build_open_clip
 from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.method.identity import Identity, IdentityConfig
 from infinite_id_core.scores import score
@@ -249,7 +249,7 @@ def test_own_pictures_rank_above_other_peoples(embedded):
 
 def test_the_embedded_pack_and_open_clip_score_a_portrait(embedded):
     config, weights = open_clip_config_and_weights()
-    vision = encoders.build_open_clip(config, weights, "microworld")
+    vision = build_open_clip(config, weights, "microworld")
     rng = np.random.default_rng(1)
     own = portrait(HELD_OUT_SEEDS[0], rng)
     pictures = batch(own, torch.zeros_like(own))

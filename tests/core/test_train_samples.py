@@ -253,7 +253,7 @@ def test_nothing_is_computed_twice(samples: Samples, monkeypatch: pytest.MonkeyP
     def explode(*_: Any) -> None:
         raise AssertionError("an encoder was loaded")
 
-    for name in ("load_vae", "load_clip_vision"):
+    for name in ("load_vae", "load_image_encoder"):
         monkeypatch.setattr(f"trainer.train.features.{name}", explode)
     made = compute_missing(
         samples.plan, samples.keys, Caches.below(samples.plan.config), torch.device("cpu"),

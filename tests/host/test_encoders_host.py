@@ -28,7 +28,7 @@ def config(pack) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours(pack, weights, config) -> Any:
-    return pack.infinite_id_core.encoders.encoders.build_open_clip(config, weights, "microworld")
+    return pack.infinite_id_core.encoders.open_clip.build_open_clip(config, weights, "microworld")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_same_hidden_states(ours, theirs, shape, crop):
 @pytest.mark.parametrize("crop", [True, False])
 def test_same_preprocessing(pack, shape, crop):
     images = pictures(*shape) * 1.2 - 0.1  # beyond [0, 1] as well
-    ours = pack.infinite_id_core.encoders.encoders.preprocess(images, 224, crop=crop)
+    ours = pack.infinite_id_core.encoders.clip_vision.preprocess(images, 224, crop=crop)
     theirs = comfy.clip_vision.clip_preprocess(images, 224, crop=crop)
     difference = (ours - theirs).abs()
     assert difference.max() < 1.01 * LEVEL and difference.mean() < 1e-5
@@ -102,8 +102,8 @@ def test_comfyuis_encoder_makes_the_same_identity(pack, ours, theirs):
         detected=core.faces.detect.DetectedFace(box=(0, 0, 1, 1), landmarks=None, score=1.0),
     )
     for layer in ("last", "penultimate"):
-        options = core.encoders.encoders.EncodeOptions(clip_layer=layer)
-        a, b = (core.encoders.encoders.embed([face], v, options) for v in (ours, theirs))
+        options = core.encoders.encode.EncodeOptions(clip_layer=layer)
+        a, b = (core.encoders.encode.encode_faces([face], v, options) for v in (ours, theirs))
         assert relative(a.clip, b.clip) < SAME and relative(a.face, b.face) < 1e-6
     assert b.config.clip_model == "vit-96"
 

@@ -108,7 +108,7 @@ def test_the_embedded_adapter_without_its_file(
     pack: Any, micro: Any, lazy_host: None, monkeypatch: Any, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(pack.microworld.files, "ADAPTER", tmp_path / "absent.safetensors")
-    adapter = pack.nodes.micro.embedded_adapter().adapter
+    adapter = pack.nodes.embedded.adapter().adapter
     assert lazy_count(adapter) > 0
     state = adapter.state_dict()
     draw = pack.microworld.random_weights.seeded_state_dict

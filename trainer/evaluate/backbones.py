@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infinite_id_core.encoders.encoders import ClipVision, load_open_clip
+from infinite_id_core.encoders.clip_vision import ClipVision
+from infinite_id_core.encoders.open_clip import load_open_clip
 from infinite_id_core.errors import FaceModelError, FileMissingError, OptionError
 from infinite_id_core.faces.align import align
 from infinite_id_core.faces.detect import detect_faces
@@ -22,7 +23,7 @@ from infinite_id_core.scores.score import FaceReader, PackReader, ReadFace
 from ..config import Encoder
 from ..errors import UnknownBackboneError
 from ..models.unet import MICROWORLD
-from ..train.features import load_clip_vision
+from ..train.features import load_image_encoder
 
 NONE = "none"
 ChannelOrder = Literal["rgb", "bgr"]
@@ -156,7 +157,7 @@ def clip_model(source: str) -> ClipVision | None:
     if source == NONE:
         return None
     if source == MICROWORLD:
-        return load_clip_vision(Encoder(clip_model=MICROWORLD))
+        return load_image_encoder(Encoder(clip_model=MICROWORLD))
     name, equals, path = source.partition("=")
     if not (name and equals and path):
         raise UnknownBackboneError(

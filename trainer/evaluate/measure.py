@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infinite_id_core.encoders.encoders import ClipVision
+from infinite_id_core.encoders.clip_vision import ClipVision
 from infinite_id_core.errors import NoFaceError
 from infinite_id_core.scores.metrics import (
     Population,

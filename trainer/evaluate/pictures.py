@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infinite_id_core.encoders.encoders import EncodeOptions, embed
+from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.errors import NoFaceError, OptionError
 from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, sample
@@ -33,7 +33,7 @@ from ..generate import Picture, Sources, load_adapter, save_png
 from ..models.text import load_text_encoders
 from ..models.unet import MICROWORLD, LoadedUNet, load_unet
 from ..models.vae import Autoencoder, load_vae
-from ..train.features import load_clip_vision
+from ..train.features import load_image_encoder
 from .backbones import face_pack
 from .manifest import Row
 from .measure import Progress
@@ -232,7 +232,7 @@ class _Painter:
         if key not in self.identities:
             faces = [self._face(photo) for photo in photos]
             options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
-            self.identities[key] = embed(faces, self._clip(config.clip_model), options)
+            self.identities[key] = encode_faces(faces, self._clip(config.clip_model), options)
         return self.identities[key]
 
     def _face(self, photo: Path) -> Any:
@@ -245,7 +245,7 @@ class _Painter:
     def _clip(self, name: str) -> Any:
         if name not in self.encoders:
             encoder = Encoder(clip_model=name, clip_weights=self.studio.clip_weights)
-            self.encoders[name] = load_clip_vision(encoder)
+            self.encoders[name] = load_image_encoder(encoder)
         return self.encoders[name]
 
 

@@ -158,7 +158,7 @@ def align(picture: Picture, face: DetectedFace, size: int = ALIGNED_SIZE) -> Pic
     return cast(Picture, cv2.warpAffine(picture, matrix, (size, size), borderValue=0.0))
 
 
-def embed(models: FaceModels, aligned: Sequence[Picture]) -> NDArray[np.float32]:
+def face_embeddings(models: FaceModels, aligned: Sequence[Picture]) -> NDArray[np.float32]:
     """Raw embeddings ``[n, 512]`` of aligned RGB faces ``[112, 112, 3]``.
 
     Raises ``FaceModelError`` for a recogniser of another width.

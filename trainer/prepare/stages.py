@@ -223,7 +223,7 @@ def embed_part(arguments: EmbedArguments, outputs: tuple[Path, ...]) -> dict[str
     vectors = np.zeros((len(values), FACE_WIDTH), np.float32)
     if has_face.any():
         aligned = [_picture(value) for value in values if value is not None]
-        vectors[has_face] = faces.embed(arguments.models, aligned)
+        vectors[has_face] = faces.face_embeddings(arguments.models, aligned)
     column = pa.FixedSizeListArray.from_arrays(
         vectors.ravel(), FACE_WIDTH, mask=pa.array(~has_face)
     )

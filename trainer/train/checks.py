@@ -26,7 +26,7 @@ from ..models.unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
 from ..models.vae import check_vae
 from ..prompts import read_prompts
 from . import state
-from .features import check_clip_vision, clip_width, fingerprints_of, reference_row
+from .features import check_image_encoder, clip_width, fingerprints_of, reference_row
 from .log import logger
 from .optimisers import require_package
 from .samples import Fingerprints, Plan
@@ -151,7 +151,7 @@ def check_data(config: TrainConfig, global_batch: int) -> Plan:
 def check_models(config: TrainConfig) -> None:
     """The models whose outputs are cached: their files hold what they should."""
     check_vae(config.model.vae_source)
-    check_clip_vision(config.encoder)
+    check_image_encoder(config.encoder)
     if config.objective.reads_text:
         check_text_encoders(config.model.text_source)
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infinite_id_core.encoders.encoders import (
+from infinite_id_core.encoders.clip_vision import hidden_states
+from infinite_id_core.encoders.open_clip import (
     OpenClipVision,
     build_open_clip,
     check_open_clip,
-    hidden_states,
     load_open_clip,
 )
 from infinite_id_core.errors import EncoderError, FileError
@@ -49,7 +49,7 @@ _CAPTIONS = 16  # encoded at a time
 # --- encoders --------------------------------------------------------------------------------
 
 
-def load_clip_vision(encoder: Encoder) -> OpenClipVision:
+def load_image_encoder(encoder: Encoder) -> OpenClipVision:
     """E_clip of a configuration. Raises as ``load_open_clip``."""
     if encoder.clip_model == MICROWORLD:
         from microworld.random_weights import open_clip_config_and_weights
@@ -59,10 +59,10 @@ def load_clip_vision(encoder: Encoder) -> OpenClipVision:
     return load_open_clip(encoder.clip_model, encoder.clip_weights)
 
 
-def check_clip_vision(encoder: Encoder) -> None:
+def check_image_encoder(encoder: Encoder) -> None:
     """Find the encoder, with names and shapes, without reading its weights.
 
-    Raises as ``load_clip_vision``.
+    Raises as ``load_image_encoder``.
     """
     if encoder.clip_model != MICROWORLD:
         check_open_clip(encoder.clip_model, encoder.clip_weights)
@@ -243,7 +243,7 @@ def _compute_photos(
     if not jobs:
         return 0
     vae = load_vae(plan.config.model.vae_source) if any(job.crops for job in jobs) else None
-    clip = load_clip_vision(plan.config.encoder) if any(job.clip for job in jobs) else None
+    clip = load_image_encoder(plan.config.encoder) if any(job.clip for job in jobs) else None
     if vae is not None:
         vae.module.to(device)
     if clip is not None:

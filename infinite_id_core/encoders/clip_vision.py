@@ -1,0 +1,126 @@
+"""E_clip: anything with ComfyUI's ``CLIP_VISION`` interface, and what is read of it.
+
+That is ComfyUI's own objects, or ``OpenClipVision``, which gives the same hidden states on the same
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..errors import EncoderError
+from ..method.identity import CLIP_TOKENS, ClipLayer
+
+# CLIP's preprocessing, the same in open_clip, transformers and ComfyUI.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_SIZE = 224  # pixels
+
+_BATCH = 16  # crops encoded at a time: bounds memory for a hundred faces
+_NAMES = {1664: "ViT-bigG-14", 1280: "ViT-H-14", 1024: "ViT-L-14"}
+
+
+class ClipVision(Protocol):
+    """ComfyUI's CLIP_VISION, as far as this project uses it."""
+
+    def encode_image(self, image: Tensor, crop: bool = True) -> Any:
+        """``[B, H, W, 3]`` in [0, 1] -> an object with ``last_hidden_state`` and
+        ``penultimate_hidden_states``, each ``[B, tokens, D]``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages:
+    """What ``encode_image`` gives, under ComfyUI's names; read as attributes or as items."""
+
+    last_hidden_state: Tensor
+    """After the last block, before the final norm: ``[B, tokens, D]``."""
+    penultimate_hidden_states: Tensor
+    """One block earlier."""
+    image_embeds: Tensor
+    """Projected class token: ``[B, E]``."""
+    mm_projected: None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+def preprocess(
+    image: Tensor,
+    size: int = IMAGE_SIZE,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    crop: bool = True,
+) -> Tensor:
+    """CLIP's preprocessing with the numerics of ComfyUI: ``[B, H, W, 3 or 4]`` -> ``[B, 3, s, s]``.
+
+    The shorter side (``crop``, then the centre is cut) or both sides become ``size`` by antialiased
+    bicubic sampling; values are rounded to 1/255 as an 8-bit picture's are, then normalised.
+    """
+    planes = image[..., :3].float().permute(0, 3, 1, 2)  # BHWC -> BCHW
+    height, width = planes.shape[2:]
+    if (height, width) != (size, size):
+        target = (size, size)
+        if crop:
+            scale = size / min(height, width)
+            target = (round(scale * height), round(scale * width))
+        planes = interpolate(planes, size=target, mode="bicubic", antialias=True)
+        top, left = (target[0] - size) // 2, (target[1] - size) // 2
+        planes = planes[:, :, top : top + size, left : left + size]
+    planes = (planes * 255.0).clamp(0, 255).round() / 255.0
+    shape = (1, 3, 1, 1)
+    return (planes - planes.new_tensor(mean).view(shape)) / planes.new_tensor(std).view(shape)
+
+
+def hidden_states(clip_vision: ClipVision, crops: Sequence[Tensor], layer: ClipLayer) -> Tensor:
+    """E_clip of crops ``[S, S, 3]``: ``[n, 257, D]`` float32 on the CPU.
+
+    ``layer``: after the last block, or one before; no final norm in either. Raises
+    ``EncoderError`` for an encoder of another kind, or where it gives NaN.
+    """
+    parts = []
+    for start in range(0, len(crops), _BATCH):
+        images = torch.stack([crop[..., :3].float() for crop in crops[start : start + _BATCH]])
+        parts.append(_states(clip_vision.encode_image(images), layer, images.shape[0]))
+    return torch.cat(parts)
+
+
+def _states(output: Any, layer: ClipLayer, count: int) -> Tensor:
+    name = "last_hidden_state" if layer == "last" else "penultimate_hidden_states"
+    states = getattr(output, name, None)
+    if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[0] != count:
+        found = "nothing" if states is None else f"{getattr(states, 'shape', type(states))}"
+        raise EncoderError(
+            f"Expected {name} [{count}, tokens, width] from CLIP_VISION, got {found}."
+        )
+    if states.shape[1] != CLIP_TOKENS:
+        raise EncoderError(
+            f"This needs an image encoder that gives {CLIP_TOKENS} tokens: a ViT with patch 14 at "
+            f"224 pixels, such as ViT-H-14 (width 1280) or ViT-bigG-14 (width 1664). The connected "
+            f"one gives {states.shape[1]} tokens of width {states.shape[2]}. Load the CLIP vision "
+            "file that the adapter names."
+        )
+    states = states.detach().to(device="cpu", dtype=torch.float32)
+    if not bool(states.isfinite().all()):
+        raise EncoderError(
+            "The image encoder gives NaN or infinity: its file is damaged, or its number format is "
+            "too small for it (start ComfyUI with --fp32-text-enc)."
+        )
+    return states
+
+
+def encoder_name(clip_vision: ClipVision, width: int) -> str:
+    """The encoder's name for the record: its own, or the one its width stands for.
+
+    open_clip's ``-quickgelu`` variants are the same networks under another activation's name.
+    """
+    own = getattr(clip_vision, "clip_model", None)
+    if isinstance(own, str) and own:
+        return own.removesuffix("-quickgelu")
+    return _NAMES.get(width, f"vit-{width}")
