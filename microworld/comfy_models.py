@@ -176,7 +176,8 @@ def unet_reference(config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     options = {"num_heads": -1, **config, "device": "meta", "operations": plain_layers()}
-    return UNetModel(**options).state_dict()
+    state: Mapping[str, torch.Tensor] = UNetModel(**options).state_dict()
+    return state
 
 
 def _text_reference() -> Mapping[str, torch.Tensor]:

@@ -637,7 +637,8 @@ _SCENES = (_beach, _forest, _city, _mountain, _night, _desert, _library, _garden
 
 def _light(size: int, side: float, brightness: float) -> NDArray[np.float32]:
     ramp = 1.0 + 0.16 * side * np.linspace(-1, 1, size, dtype=np.float32)
-    return (ramp * np.float32(brightness))[None, :, None]
+    columns: NDArray[np.float32] = (ramp * np.float32(brightness))[None, :, None]
+    return columns
 
 
 _LUMA = np.array([0.30, 0.59, 0.11], dtype=np.float32)
@@ -677,7 +678,8 @@ def _neon(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     cyan = np.array([0.1, 0.95, 1.0], dtype=np.float32)
     base = np.array([0.06, 0.01, 0.16], dtype=np.float32)
     fill = np.array([0.42, 0.10, 0.72], dtype=np.float32)
-    return base + grey[..., None] * fill + glow * (cyan + (magenta - cyan) * height)
+    lines: NDArray[np.float32] = glow * (cyan + (magenta - cyan) * height)
+    return base + grey[..., None] * fill + lines
 
 
 _STYLERS = (_photo, _sketch, _sepia, _neon)
