@@ -32,8 +32,9 @@ from infinite_id_core.files.checkpoint import (
     read_adapter,
     read_identity,
 )
-from infinite_id_core.files.pickles import StoredTensor, open_pickle
+from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import json_object, save_tensors
+from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import writing
 from infinite_id_core.method.adapter import AdapterConfig
 from infinite_id_core.method.identity import IdentityConfig

@@ -23,7 +23,7 @@ from infinite_id_core.files.checkpoint import (
     read_adapter,
     read_identity,
 )
-from infinite_id_core.files.pickles import StoredTensor, open_pickle
+from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import (
     PICKLES,
     Header,
@@ -31,6 +31,7 @@ from infinite_id_core.files.safetensors_file import (
     open_safetensors,
     read_header,
 )
+from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import open_regular, reading
 
 from .prepare.tars import Member, TarError, read_members
