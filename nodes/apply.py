@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class InfiniteIDApply(io.ComfyNode):
-    """Lets an identity speak in a model; chain several for several people."""
+    """Applies an identity to a model; chain several for several people."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

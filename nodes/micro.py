@@ -40,7 +40,7 @@ class InfiniteIDMicroModel(io.ComfyNode):
 
 
 class InfiniteIDMicroPortrait(io.ComfyNode):
-    """A reference photo for the Micro Model: a made person whom it has never seen."""
+    """A reference photo for the Micro Model: a synthetic person whom it has never seen."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -226,8 +226,8 @@ def test_preprocessing_against_open_clips_own(model):
 
 def test_the_list_of_models_holds_those_that_fit_without_importing_open_clip():
     code = (
-        "import sys; from infinite_id_core.encoders import encoders;"
-        "print(encoders.open_clip_models());"
+        "import sys; from infinite_id_core.encoders.open_clip import open_clip_models as models;"
+        "print(models());"
         "assert not {'open_clip', 'insightface', 'cv2', 'onnxruntime'} & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
