@@ -182,16 +182,16 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     """Everything loaded, everything encoded in every step."""
     import torch
     from accelerate import Accelerator
-    from infinite_id_core.encoders.encoders.clip_vision import hidden_states
     from torch.nn.functional import mse_loss
 
+    from infinite_id_core.encoders.clip_vision import hidden_states
     from infinite_id_core.hosts.diffusers_unet import identity_training
     from trainer.data_index import Dataset
     from trainer.models.text import TOKENS, load_text_encoders
     from trainer.models.vae import load_vae
     from trainer.train.checks import adapter_config
     from trainer.train.features import load_image_encoder
-    from trainer.train.loop import build_optimiser, new_adapter, prepare_unet
+    from trainer.train.loop import new_adapter, prepare_unet
     from trainer.train.objective import TrainingModel
     from trainer.train.optimisers import build_optimiser
 
