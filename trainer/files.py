@@ -45,16 +45,17 @@ _WAIT = 10.0
 
 
 @contextmanager
-def locked(folder: Path, who: str) -> Iterator[None]:
+def locked(folder: Path, who: str, wait: float | None = None) -> Iterator[None]:
     """Hold a folder for this process, made where it is not there; a killed process lets go of it.
 
-    ``who`` completes "another ... is writing". Raises ``BusyError`` where another process holds
-    it, ``UnreadableError`` where it cannot be written to, ``DiskFullError``.
+    ``who`` completes "another ... is writing"; ``wait``: seconds for a killed process's
+    workers to let go. Raises ``BusyError`` where another process holds it, ``UnreadableError``
+    where it cannot be written to, ``DiskFullError``.
     """
     try:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK, timeout=_WAIT)
+            lock = FileLock(folder / LOCK, timeout=_WAIT if wait is None else wait)
             lock.acquire()
     except Timeout as error:
         raise BusyError(

@@ -34,7 +34,7 @@ from infinite_id_core.files.safetensors_file import (
 from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import open_regular, reading
 
-from .prepare.tars import Member, TarError, read_members
+from .tars import Member, TarError, read_members
 from .train.state import STATE
 
 _MAX_RECORD = 2**24  # bytes of one sample's JSON

@@ -49,7 +49,8 @@ from trainer.convert import convert  # noqa: E402
 from trainer.data_index import INDEX, Dataset, DatasetInfo, Filters  # noqa: E402
 from trainer.errors import FilterError  # noqa: E402
 from trainer.prepare.photo import PhotoError, open_photo  # noqa: E402
-from trainer.prepare.sources import list_tar, read_blob, read_sidecars  # noqa: E402
+from trainer.prepare.reading import read_blob, read_sidecars  # noqa: E402
+from trainer.prepare.tar_sources import list_tar  # noqa: E402
 from trainer.shards import ShardWriter, is_shard_name  # noqa: E402
 
 SECONDS = 20.0  # for one file; the sound ones take milliseconds

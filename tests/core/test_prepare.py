@@ -29,7 +29,7 @@ from trainer.errors import (
     ShardDamagedError,
     disk_errors,
 )
-from trainer.prepare import group, photo, sources
+from trainer.prepare import cluster, group, parts, photo, reading, sources, tar_sources
 from trainer.prepare.manifest import Target, finish, finished, remove_leftovers
 from trainer.prepare.options import PrepareOptions, RunOptions
 from trainer.shards import ShardReader, ShardWriter, decode_photo
@@ -391,7 +391,7 @@ def test_names_that_are_no_text_can_be_listed(tmp_path):
         pytest.skip("this file system takes only UTF-8 names")
     (part,) = sources.list_input(tmp_path, PrepareOptions()).parts
     assert part.sources[0].name.encode() == rb"p/b\xe4d.jpg"
-    assert sources.read_blob(tmp_path, part.sources[0].photo, 10) == b"x"
+    assert reading.read_blob(tmp_path, part.sources[0].photo, 10) == b"x"
 
 
 def test_a_changed_file_changes_only_its_part(tmp_path):
@@ -419,31 +419,31 @@ def test_a_tar_gives_samples_and_a_cut_one_says_so(tmp_path):
     for n in range(4):
         members |= {f"{n:04}.jpg": bytes(2000), f"{n:04}.json": b"{}", f"{n:04}.txt": b"a cat"}
     path = make_tar(tmp_path / "x.tar", members)
-    found, problems = sources.list_tar(tmp_path, "x.tar")
+    found, problems = tar_sources.list_tar(tmp_path, "x.tar")
     assert [s.name for s in found] == [f"x.tar/{n:04}.jpg" for n in range(4)] and not problems
     assert found[1].record and found[1].caption
     blob = found[2].caption
-    assert blob and sources.read_blob(tmp_path, blob, 100) == b"a cat"
+    assert blob and reading.read_blob(tmp_path, blob, 100) == b"a cat"
     data = path.read_bytes()
     offset = found[2].photo.offset
     for end in (offset + 700, offset - 100, offset - 512):
         path.write_bytes(data[:end])
-        found, problems = sources.list_tar(tmp_path, "x.tar")
+        found, problems = tar_sources.list_tar(tmp_path, "x.tar")
         assert len(found) == 2 and [p.reason for p in problems] == ["shard_cut"]
     path.write_bytes(b"this is no tar" * 100)
-    found, problems = sources.list_tar(tmp_path, "x.tar")
+    found, problems = tar_sources.list_tar(tmp_path, "x.tar")
     assert not found and [p.reason for p in problems] == ["not_a_shard"]
 
 
 def test_blobs_that_cannot_be_had_have_their_reasons(tmp_path):
     touch(tmp_path / "a.jpg", b"12345")
     for blob, limit, wanted in (
-        (sources.Blob(path="none.jpg"), 10, "unreadable"),
-        (sources.Blob(path="a.jpg"), 4, "too_large"),
-        (sources.Blob(path="a.jpg", offset=2, size=9), 10, "truncated"),
+        (parts.Blob(path="none.jpg"), 10, "unreadable"),
+        (parts.Blob(path="a.jpg"), 4, "too_large"),
+        (parts.Blob(path="a.jpg", offset=2, size=9), 10, "truncated"),
     ):
         with pytest.raises(photo.PhotoError) as caught:
-            sources.read_blob(tmp_path, blob, limit)
+            reading.read_blob(tmp_path, blob, limit)
         assert caught.value.reason == wanted
 
 
@@ -469,24 +469,24 @@ def assert_same_groups(groups: list, label: np.ndarray) -> None:
 
 def test_faces_are_grouped_by_person():
     embedding, label = crowd(20, 8, noise=0.5)  # cosine 0.8 within
-    assert_same_groups(group.group_faces(embedding, PrepareOptions()), label)
-    assert group.group_faces(embedding[:0], PrepareOptions()) == []
+    assert_same_groups(cluster.group_faces(embedding, PrepareOptions()), label)
+    assert cluster.group_faces(embedding[:0], PrepareOptions()) == []
 
 
 def test_large_sets_take_other_paths_to_the_same_groups(monkeypatch):
     embedding, label = crowd(12, 30, noise=0.5)
-    monkeypatch.setattr(group, "EXACT_LIMIT", 100)
-    assert_same_groups(group.group_faces(embedding, PrepareOptions()), label)
-    monkeypatch.setattr(group, "LINKAGE_LIMIT", 40)
+    monkeypatch.setattr(cluster, "EXACT_LIMIT", 100)
+    assert_same_groups(cluster.group_faces(embedding, PrepareOptions()), label)
+    monkeypatch.setattr(cluster, "LINKAGE_LIMIT", 40)
     joined = PrepareOptions(link_cosine=-0.2, neighbours=360)  # everybody in one component
-    assert_same_groups(group.group_faces(embedding, joined), label)
+    assert_same_groups(cluster.group_faces(embedding, joined), label)
 
 
 def test_a_look_alike_does_not_join_two_people():
     embedding, label = crowd(2, 12, noise=0.4)
     a, b = (unit(embedding[label == n].mean(0)) for n in (0, 1))
     between = unit(a + b)[None]
-    groups = group.group_faces(np.concatenate([embedding, between]), PrepareOptions())
+    groups = cluster.group_faces(np.concatenate([embedding, between]), PrepareOptions())
     assert min(between @ a, between @ b) > 0.6  # it is linked to both
     for rows in groups:
         people = {int(label[r]) for r in rows if r < len(label)}
@@ -500,7 +500,7 @@ def test_near_duplicates_need_hash_and_face():
     bits = np.zeros((4, 64), bool)
     bits[1, :4] = True  # at the limit
     bits[3, :30] = True  # another picture of the same person
-    found = list(group.near_duplicates(bits, same, PrepareOptions()))
+    found = list(cluster.near_duplicates(bits, same, PrepareOptions()))
     assert [rows.tolist() for rows in found] == [[0, 1]]
 
 

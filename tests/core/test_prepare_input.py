@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from trainer import tars
 from trainer.errors import InputKindError
-from trainer.prepare import sources, tars
+from trainer.prepare import parts, reading, sources, tar_sources
 from trainer.prepare.options import PrepareOptions
 from trainer.texts import decode_text
 
@@ -47,7 +48,7 @@ def listed(folder: Path, options: PrepareOptions = FOLDERS):
 
 
 def in_tar(folder: Path, name: str = "x.tar"):
-    found, problems = sources.list_tar(folder, name)
+    found, problems = tar_sources.list_tar(folder, name)
     return (
         {s.name.removeprefix(f"{name}/"): s for s in found},
         {p.name.removeprefix(f"{name}/"): p.reason for p in problems},
@@ -55,7 +56,7 @@ def in_tar(folder: Path, name: str = "x.tar"):
 
 
 def captions(folder: Path, found) -> dict[str, str]:
-    return {name: sources.read_sidecars(folder, s).caption for name, s in found.items()}
+    return {name: reading.read_sidecars(folder, s).caption for name, s in found.items()}
 
 
 # --- shards ----------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_dots_in_names_of_members_hide_nothing(tmp_path):
     make_tar(tmp_path / "x.tar", members)
     found, problems = in_tar(tmp_path)
     assert captions(tmp_path, found) == {f"p.1/IMG_2024.05.0{n}.jpg": f"c{n}" for n in range(3)}
-    licences = [sources.read_sidecars(tmp_path, s).record["license"] for s in found.values()]
+    licences = [reading.read_sidecars(tmp_path, s).record["license"] for s in found.values()]
     assert licences == ["l0", "l1", "l2"] and problems == {}
 
 
@@ -108,7 +109,7 @@ def test_what_macos_adds_to_a_tar_takes_nothing_from_the_photos(tmp_path):
     found, problems = in_tar(tmp_path)
     assert captions(tmp_path, found) == {"./p0.jpg": "hi", "./p1.jpg": "hi"}
     for source in found.values():
-        assert sources.read_sidecars(tmp_path, source).record == {"license": "cc0"}
+        assert reading.read_sidecars(tmp_path, source).record == {"license": "cc0"}
     assert Counter(problems.values()) == {"hidden": 8}
 
 
@@ -121,7 +122,7 @@ def test_members_apart_from_their_sample_are_joined_or_counted(tmp_path):
     # Two samples of one name: whose it is cannot be told.
     order = ["a.jpg", "b.jpg", "a.jpg", "b.txt", "a.txt"]
     make_tar(tmp_path / "x.tar", [(n, JPEG if "jpg" in n else n.encode()) for n in order])
-    found, problems = sources.list_tar(tmp_path, "x.tar")
+    found, problems = tar_sources.list_tar(tmp_path, "x.tar")
     assert [s.caption is not None for s in found] == [False, True, False]
     assert [p.name for p in problems if p.reason == "scattered"] == ["x.tar/a.txt"]
 
@@ -129,7 +130,7 @@ def test_members_apart_from_their_sample_are_joined_or_counted(tmp_path):
 def test_a_sidecar_stays_with_its_own_of_two_samples_of_one_name(tmp_path):
     order = [("a.jpg", JPEG), ("b.jpg", JPEG), ("a.jpg", JPEG), ("a.json", b'{"license": "x"}')]
     make_tar(tmp_path / "x.tar", order)
-    found, _ = sources.list_tar(tmp_path, "x.tar")
+    found, _ = tar_sources.list_tar(tmp_path, "x.tar")
     assert [s.record is not None for s in found] == [False, False, True]
 
 
@@ -163,7 +164,7 @@ def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
     touch(tmp_path / "x.tar", one + two)
     found, problems = in_tar(tmp_path)
     assert list(found) == ["a.jpg", "b.jpg"] and not problems
-    assert sources.read_blob(tmp_path, found["b.jpg"].photo, 100) == JPEG
+    assert reading.read_blob(tmp_path, found["b.jpg"].photo, 100) == JPEG
     touch(tmp_path / "x.tar", one + b"something else" * 100)
     found, problems = in_tar(tmp_path)
     assert list(found) == ["a.jpg"] and problems == {"x.tar": "shard_cut"}
@@ -354,7 +355,7 @@ def test_links_to_people_and_photos_are_followed_once_each(tmp_path):
     assert sorted(found) == ["anna/1.jpg", "bob/1.jpg", "bob/2.jpg", "bob/3.jpg"]
     assert captions(root, found) == {**dict.fromkeys(found, ""), "anna/1.jpg": "anna"}
     assert found["anna/1.jpg"].identity == "anna"
-    assert sources.read_blob(root, found["bob/3.jpg"].photo, 100) == JPEG
+    assert reading.read_blob(root, found["bob/3.jpg"].photo, 100) == JPEG
     assert problems == {
         "anna_again": "link",
         "bob/4.jpg": "link",
@@ -385,8 +386,8 @@ def test_a_pipe_with_a_photos_name_does_not_hang(tmp_path):
     found, problems = listed(tmp_path)
     assert list(found) == ["p/1.jpg"]
     assert problems == {"p/a.jpg": "unreadable", "p/b": "unreadable"}
-    with pytest.raises(sources.PhotoError, match="no regular file"):
-        sources.read_blob(tmp_path, sources.Blob(path="p/a.jpg"), 100)
+    with pytest.raises(reading.PhotoError, match="a pipe"):
+        reading.read_blob(tmp_path, parts.Blob(path="p/a.jpg"), 100)
     os.mkfifo(tmp_path / "x.tar")
     assert in_tar(tmp_path) == ({}, {"x.tar": "unreadable"})
 
@@ -404,7 +405,7 @@ def test_captions_and_records_are_read_in_the_encodings_people_have(tmp_path, en
     touch(tmp_path / "p" / "1.txt", text.encode(encoding))
     touch(tmp_path / "p" / "1.json", record.encode(encoding))
     found, _ = listed(tmp_path)
-    beside = sources.read_sidecars(tmp_path, found["p/1.jpg"])
+    beside = reading.read_sidecars(tmp_path, found["p/1.jpg"])
     assert (beside.caption, beside.record["person"], beside.problems) == (text, "Zoë", ())
 
 
@@ -431,7 +432,7 @@ def test_a_record_that_cannot_be_read_is_counted_and_not_taken_for_none(tmp_path
     touch(tmp_path / "p" / "1.json", record)
     touch(tmp_path / "p" / "1.txt", "фото".encode("cp1251"))
     found, _ = listed(tmp_path)
-    beside = sources.read_sidecars(tmp_path, found["p/1.jpg"])
+    beside = reading.read_sidecars(tmp_path, found["p/1.jpg"])
     assert beside.record == {} and beside.record_is_bad
     assert [(p.name, p.reason) for p in beside.problems] == [
         ("p/1.json", "bad_sidecar"),
@@ -441,5 +442,5 @@ def test_a_record_that_cannot_be_read_is_counted_and_not_taken_for_none(tmp_path
 
 def test_half_letters_of_json_can_be_written():
     record = json.loads('{"caption": "\\ud800 a \\udfff \\udc80 \\ud83d\\ude00"}')
-    text = sources.text_of(record, "caption")
+    text = reading.text_of(record, "caption")
     assert text.encode() and text.endswith("\U0001f600")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from .plain_files import NO_FILE
 
 _SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
 
@@ -28,6 +27,20 @@ class Problem:
     name: str
     reason: str
     detail: str
+
+    @classmethod
+    def of(cls, name: str, reason: str, detail: str) -> Problem:
+        """Of a name and a detail that may hold anything."""
+        return cls(name=printable(name), reason=reason, detail=printable(detail))
+
+
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: file names may hold any bytes, JSON half letters."""
+    whole = _LONE.sub("\ufffd", text)
+    return whole.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @dataclass(kw_only=True)
@@ -104,7 +117,7 @@ def _take(entry: os.DirEntry[str], path: str, real: str, tree: Tree) -> str:
     if stat.S_ISDIR(status.st_mode):
         return "link" if linked else "folder"
     if not stat.S_ISREG(status.st_mode):
-        _problem(tree, path, "unreadable", NO_FILE)
+        _problem(tree, path, "unreadable", "is a pipe, a device or a socket; expected a file.")
     elif linked:
         target = os.path.realpath(entry.path)
         tree.links[path] = ((status.st_size, status.st_mtime_ns), target)
@@ -122,4 +135,4 @@ def _is_link(entry: os.DirEntry[str]) -> bool:
 
 
 def _problem(tree: Tree, path: str, reason: str, detail: str) -> None:
-    tree.problems.append(Problem(name=path, reason=reason, detail=detail))
+    tree.problems.append(Problem.of(path, reason, detail))

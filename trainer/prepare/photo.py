@@ -11,11 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from infinite_id_core.errors import DamagedPictureError, MissingPackageError, UnknownPictureError
+from infinite_id_core.errors import (
+    DamagedPictureError,
+    FileError,
+    MissingPackageError,
+    UnknownPictureError,
+)
 from infinite_id_core.files.pictures import decoded, open_picture, orientation, to_rgb
+from infinite_id_core.files.system import read_bytes
 
 from ..shards import EXTENSIONS
-from .plain_files import open_regular
 
 Picture = NDArray[np.uint8]
 Points = NDArray[np.float32]
@@ -91,10 +96,9 @@ def open_photo(data: bytes, *, max_side: int, max_pixels: int) -> Photo:
 def read_pixels(path: Path, *, max_side: int = 4096, max_pixels: int = 2**28) -> Picture:
     """A picture's file upright, ``[h, w, 3]`` RGB. Raises ``PhotoError``."""
     try:
-        with open_regular(path) as file:
-            data = file.read()
-    except OSError as error:
-        raise PhotoError("unreadable", error.strerror or type(error).__name__) from error
+        data = read_bytes(path)
+    except FileError as error:
+        raise PhotoError("unreadable", error.problem) from error
     return open_photo(data, max_side=max_side, max_pixels=max_pixels).picture
 
 

@@ -23,8 +23,9 @@ from ..data_index import DatasetInfo, Filters
 from ..errors import disk_errors
 from ..histograms import bucket_counts, distributions, people_of_splits, spread
 from .group import Grouped
+from .parts import NOT_PHOTOS, Blob
 from .photo import PhotoError, open_photo
-from .sources import NOT_PHOTOS, Blob, read_blob
+from .reading import read_blob
 
 PEOPLE, PHOTOS_EACH, PER_REASON, PAIRS, SINGLES = 24, 8, 24, 20, 200
 _THUMB = 150  # pixels

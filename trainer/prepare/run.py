@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
@@ -20,8 +16,9 @@ from infinite_id_core.faces.pack import find_pack
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.files.pictures import readable_formats
 
-from ..data_index import INDEX, SCHEMA, DatasetInfo, write_index
-from ..errors import BusyError, NoFacesError, NoPairsError, UnreadableError, disk_errors
+from ..data_index import INDEX, DatasetInfo, write_index
+from ..errors import NoFacesError, NoPairsError, disk_errors
+from ..files import locked
 from ..shards import SHARDS
 from .engines import Engine, open_engine
 from .faces import FaceModels
@@ -35,16 +32,16 @@ from .manifest import (
     remove_leftovers,
 )
 from .options import Places, PrepareOptions, RunOptions
+from .parts import NOT_PHOTOS, Listing, Part
 from .report import photos_with_more_faces, write_report
-from .sources import NOT_PHOTOS, Listing, Part, list_input
+from .sources import list_input
 from .stages import (
-    FACES,
     DetectArguments,
     EmbedArguments,
     Task,
     WriteArguments,
-    write_table,
 )
+from .tables import counts_of, faces_table, index_rows, read_groups, write_groups
 
 STAGE_VERSION = 2  # counts up when a stage gives another result for the same input
 _REPORT = "report.html"
@@ -77,7 +74,7 @@ def prepare(places: Places, options: PrepareOptions, run: RunOptions | None = No
     """
     run = run or RunOptions()
     _check_places(places)
-    with _locked(places.output), open_engine(run) as engine:
+    with locked(places.output, "prepare", wait=0), open_engine(run) as engine:
         return _Run(places, options, run, engine).all()
 
 
@@ -180,11 +177,11 @@ class _Run:
         known = finished(target)
         if known is not None:
             self.done_before += 1
-            return _read_groups(target, known), target
-        table = _faces_table(detected, embedded)
+            return read_groups(target, known), target
+        table = faces_table(detected, embedded)
         with self._bar("group", "faces", len(table)) as bar:
             grouped = group_photos(table, labelled, self.options)
-            _write_groups(target, grouped)
+            write_groups(target, grouped)
             finish(target, {"shards": grouped.shards, "alike": grouped.alike})
             bar.update(len(table))
         return grouped, target
@@ -212,13 +209,13 @@ class _Run:
 
     def _index(self, grouped: Grouped, group: Target, written: Sequence[Target]) -> DatasetInfo:
         kept = pa.concat_tables([pq.read_table(target.outputs[1]) for target in written])
-        table = pa.concat_tables([kept, _index_rows(grouped.dropped)])
+        table = pa.concat_tables([kept, index_rows(grouped.dropped)])
         info = DatasetInfo(
             recogniser=self.recogniser,
             fingerprint=fingerprint_of(
                 [kept[name].to_pylist() for name in ("key", "sha256", "identity", "split")]
             ),
-            counts=_counts(grouped),
+            counts=counts_of(grouped),
             options=self.options.to_json(),
         )
         target = self._index_target(group)
@@ -251,7 +248,7 @@ class _Run:
     def _check_any(self, grouped: Grouped) -> None:
         if len(grouped.kept):
             return
-        counts = _counts(grouped)
+        counts = counts_of(grouped)
         listed = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n)
         if self.run.report:
             info = DatasetInfo(
@@ -327,58 +324,6 @@ def _photo_count(parts: Sequence[Part]) -> int | None:
     return None if any(part.tar for part in parts) else sum(len(part.sources) for part in parts)
 
 
-def _faces_table(detected: Sequence[Target], embedded: Sequence[Target]) -> pa.Table:
-    """All faces with their embeddings; photos are numbered over all parts."""
-    names = [name for name in FACES.names if name != "aligned"]
-    tables, first = [], 0
-    for faces, vectors in zip(detected, embedded, strict=True):
-        table = pq.read_table(faces.outputs[0], columns=names)
-        table = table.append_column("embedding", pq.read_table(vectors.outputs[0])["embedding"])
-        photo = table["photo"].to_numpy() + first
-        first = int(photo.max(initial=first - 1)) + 1
-        tables.append(table.set_column(0, "photo", pa.array(photo, pa.int64())))
-    return pa.concat_tables(tables)
-
-
-def _write_groups(target: Target, grouped: Grouped) -> None:
-    """Kept photos, one row group per shard, and the dropped ones."""
-    path, others = target.outputs
-    with (
-        disk_errors(path),
-        replacing(path) as temporary,
-        pq.ParquetWriter(temporary, grouped.kept.schema, compression="zstd") as writer,
-    ):
-        for start, end in grouped.shards:
-            writer.write_table(grouped.kept.slice(start, end - start), row_group_size=end - start)
-    write_table(others, grouped.dropped)
-
-
-def _read_groups(target: Target, known: dict[str, Any]) -> Grouped:
-    return Grouped(
-        kept=pq.read_table(target.outputs[0]),
-        dropped=pq.read_table(target.outputs[1]),
-        shards=tuple((start, end) for start, end in known["shards"]),
-        alike=tuple((a, b, cosine) for a, b, cosine in known["alike"]),
-    )
-
-
-def _index_rows(table: pa.Table) -> pa.Table:
-    """The columns of ``SCHEMA``, null where ``table`` has none."""
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in SCHEMA
-    ]
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _counts(grouped: Grouped) -> dict[str, int]:
-    """Photos by what became of them."""
-    reasons = Counter(grouped.dropped["dropped"].to_pylist())
-    return {"kept": len(grouped.kept), **dict(sorted(reasons.items()))}
-
-
 def _check_places(places: Places) -> None:
     source, output = places.source.resolve(), places.output.resolve()
     if output == source or source in output.parents:
@@ -389,23 +334,3 @@ def _check_places(places: Places) -> None:
     if output.is_file():
         raise OptionError(f"OUTPUT {output} is a file; expected a folder, new or ours.")
     find_pack(places.face_models.name, [places.face_models.parent.parent])
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold the folder for this process; a killed process lets go of it."""
-    try:
-        with disk_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(output / ".lock", timeout=0)
-            lock.acquire()
-    except Timeout as error:
-        raise BusyError(
-            output, "another prepare is writing to this folder. Wait for it, or choose another."
-        ) from error
-    except PermissionError as error:
-        raise UnreadableError(output, f"cannot be written to ({error.strerror}).") from error
-    try:
-        yield
-    finally:
-        lock.release()

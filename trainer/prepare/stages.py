@@ -30,6 +30,7 @@ from . import faces
 from .faces import FaceModels
 from .manifest import Target, finish, finished
 from .options import PrepareOptions
+from .parts import Blob, Part, Source
 from .photo import (
     Photo,
     PhotoError,
@@ -40,7 +41,8 @@ from .photo import (
     reencoded,
     sharpness,
 )
-from .sources import Blob, Part, Sidecars, Source, list_tar, read_blob, read_sidecars, text_of
+from .reading import Sidecars, read_blob, read_sidecars, text_of
+from .tar_sources import list_tar
 
 _FLOAT = pa.float32()
 _ALIGNED = faces.ALIGNED_SIZE

@@ -1,0 +1,60 @@
+"""The input in pieces: where each photo's bytes are, and what one task works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .folders import Problem
+from .options import Kind
+
+NOT_PHOTOS = frozenset({"hidden", "link", "other_file", "scattered", "bad_sidecar", "no_photos",
+                        "not_a_shard", "shard_cut"})  # fmt: skip
+"""Reasons of what is no photo, but came with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """Some bytes of the input: a file below it, or a piece of one."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+    """-1: to the end of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One photo before it is read."""
+
+    name: str
+    """Unique, for people: the path below the input, for tars with the member's name."""
+    photo: Blob
+    record: Blob | None = None
+    """Its JSON (url, licence, identity)."""
+    caption: Blob | None = None
+    identity: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one task works on."""
+
+    number: int
+    fingerprint: str
+    sources: tuple[Source, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    tar: str = ""
+    """Instead of sources: a tar, which its task lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The whole input."""
+
+    kind: Kind
+    parts: tuple[Part, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether folders say who is who."""
+        return self.kind == "folders"

@@ -1,0 +1,98 @@
+"""The bytes of a photo and what stands beside it, read without trust."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infinite_id_core.errors import FileError
+from infinite_id_core.files.system import open_regular, reading
+
+from ..texts import decode_text
+from .folders import Problem, printable
+from .parts import Blob, Source
+from .photo import PhotoError
+
+_SIDECAR_LIMIT = 2**20  # bytes of a caption or a JSON record
+_DETAIL = 300  # characters of what a decoder says
+
+
+def read_blob(root: Path, blob: Blob, max_bytes: int) -> bytes:
+    """The bytes of a blob. Raises ``PhotoError`` where they cannot be had or are too many."""
+    try:
+        path = root / blob.path
+        with reading(path), open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size if blob.size < 0 else blob.size
+            if size > max_bytes:
+                raise PhotoError("too_large", f"{size} bytes; at most {max_bytes} are read")
+            file.seek(blob.offset)
+            data = file.read(size)
+    except FileError as error:
+        raise PhotoError("unreadable", error.problem) from error
+    if len(data) != size:
+        raise PhotoError("truncated", f"{len(data)} of {size} bytes")
+    return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecars:
+    """What stands beside a photo."""
+
+    record: dict[str, Any]
+    caption: str
+    record_is_bad: bool
+    """It has a record that cannot be read: its licence is unknown, not absent."""
+    problems: tuple[Problem, ...]
+
+
+def read_sidecars(root: Path, source: Source) -> Sidecars:
+    """The JSON record and the caption of a photo. What cannot be read is empty, and a problem."""
+    record: dict[str, Any] = {}
+    caption = ""
+    problems = []
+    if source.record:
+        try:
+            values = json.loads(_text_at(root, source.record))
+            if not isinstance(values, dict):
+                raise ValueError("is JSON and no object; expected {...}.")
+            record = values
+        except (PhotoError, ValueError, RecursionError, MemoryError) as error:
+            problems.append(_bad_sidecar(source, ".json", error))
+    record_is_bad = bool(problems)
+    if source.caption:
+        try:
+            caption = _text_at(root, source.caption)
+        except (PhotoError, ValueError) as error:
+            problems.append(_bad_sidecar(source, ".txt", error))
+    return Sidecars(
+        record=record,
+        caption=printable(caption.strip()) or text_of(record, "caption"),
+        record_is_bad=record_is_bad,
+        problems=tuple(problems),
+    )
+
+
+def _text_at(root: Path, blob: Blob) -> str:
+    return decode_text(read_blob(root, blob, _SIDECAR_LIMIT))
+
+
+def _bad_sidecar(source: Source, kind: str, error: Exception) -> Problem:
+    told = error.detail if isinstance(error, PhotoError) else str(error)
+    what = "record" if kind == ".json" else "caption"
+    return Problem.of(
+        f"{os.path.splitext(source.name)[0]}{kind}",
+        "bad_sidecar",
+        f"the {what} of {source.name}: {told[:_DETAIL] or type(error).__name__}",
+    )
+
+
+def text_of(record: dict[str, Any], *names: str) -> str:
+    """The first entry of a record that is text (or a number)."""
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+            return printable(str(value).strip())
+    return ""
