@@ -5,18 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from infinite_id_core.errors import FileError, UnknownFileError, printable
+from infinite_id_core.errors import FileError, UnknownFileError
 from infinite_id_core.files.checkpoint import (
     ADAPTER_FORMAT,
     IDENTITY_FORMAT,
@@ -34,25 +29,10 @@ from infinite_id_core.files.safetensors_file import (
 from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import open_regular, reading
 
-from .tars import Member, TarError, read_members
+from .findings import Findings, as_text, in_short
 from .train.state import STATE
 
-_MAX_RECORD = 2**24  # bytes of one sample's JSON
 _MAX_ENTRIES = 2**20
-_SHOWN = 20  # problems of one kind
-
-
-@dataclass(kw_only=True)
-class Findings:
-    """What was found in one file."""
-
-    kind: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Single values, in the order to show them."""
-    tables: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    """Rows by title; the first row is the heading."""
-    problems: list[str] = field(default_factory=list)
-    """Empty where the file is sound."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     text = (
         json.dumps(vars(findings), indent=1, default=str)
         if values.json
-        else _as_text(values.file, findings)
+        else as_text(values.file, findings)
     )
     encoding = sys.stdout.encoding or "utf-8"  # not every console has every letter
     print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -87,9 +67,13 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
         start = file.read(512)
     try:
         if start.startswith(b"PAR1"):
-            return _index(path.parent, verify)
+            from .inspect_data import inspect_index
+
+            return inspect_index(path.parent, verify)
         if start[257:262] == b"ustar":
-            return _shard(path)
+            from .inspect_data import inspect_shard
+
+            return inspect_shard(path)
         if start.startswith(PICKLES):
             return _pickle(path)
         if start[8:9] == b"{":
@@ -107,11 +91,12 @@ def _guess(start: bytes) -> str:
 
 
 def _folder(path: Path, verify: bool) -> Findings:
-    from .data_index import INDEX
+    from .index_file import INDEX
+    from .inspect_data import inspect_index
 
     with reading(path):
         if (path / INDEX).is_file():
-            return _index(path, verify)
+            return inspect_index(path, verify)
         files = sorted([*path.rglob("*.safetensors"), *path.rglob(STATE)])
     if not files:
         raise UnknownFileError(path, f"holds neither {INDEX} nor a .safetensors file.")
@@ -202,8 +187,7 @@ def _numbers(path: Path) -> list[str]:
                     wrong.append(name)
             except FileError as error:
                 problems.append(error.problem)
-    more = len(problems) - _SHOWN
-    return [*problems[:_SHOWN], *([f"and {more} more."] if more > 0 else []), *_not_finite(wrong)]
+    return [*in_short(problems), *_not_finite(wrong)]
 
 
 def _adapter(path: Path, header: Header) -> Findings:
@@ -288,131 +272,3 @@ def _pickle(path: Path) -> Findings:
             "python -m trainer convert IN OUT.safetensors"
         ],
     )
-
-
-# --- data ------------------------------------------------------------------------------------
-
-
-def _index(folder: Path, verify: bool) -> Findings:
-    from .data_index import Filters, read_index
-    from .shards import SHARDS, ShardReader
-
-    table, info = read_index(folder)
-    kept = table.filter(np.array(table["dropped"].to_pylist()) == "")
-    names = kept["identity"].to_pylist()
-    splits = dict(zip(names, kept["split"].to_pylist(), strict=True))
-    per_person = np.array(list(Counter(names).values()) or [0])
-    findings = Findings(
-        kind="index",
-        facts={
-            "recogniser": info.recogniser,
-            "fingerprint": info.fingerprint,
-            "photos kept": len(kept),
-            "people": len(splits),
-            "people held out": sum(split == "held_out" for split in splits.values()),
-            "photos per person": f"{per_person.min()} to {per_person.max()}, "
-            f"median {np.median(per_person):g}",
-            "photos left by the default filters": int(Filters().mask(kept).sum()),
-        },
-    )
-    findings.tables["photos"] = [("what became of them", "photos"), *info.counts.items()]
-    findings.tables["shards"] = [("shard", "photos", "megabytes")]
-    shards = Counter(kept["shard"].to_pylist())
-    for shard, photos in sorted(shards.items()):
-        path = folder / SHARDS / shard
-        size = path.stat().st_size if path.is_file() else 0
-        findings.tables["shards"].append((shard, photos, round(size / 2**20, 2)))
-        if not size:
-            findings.problems.append(f"{SHARDS}/{shard} is missing or empty.")
-    columns = ("shard", "offset", "size", "sha256", "face_offset")
-    reader = ShardReader(folder)
-    for row in kept.select(columns).to_pylist():
-        end = row["offset"] + row["size"]
-        path = folder / SHARDS / row["shard"]
-        try:
-            if verify:
-                reader.photo(row["shard"], row["offset"], row["size"], row["sha256"])
-                reader.face(row["shard"], row["face_offset"])
-            elif path.is_file() and path.stat().st_size < end:
-                findings.problems.append(f"{SHARDS}/{row['shard']} ends before byte {end}.")
-        except FileError as error:
-            findings.problems.append(f"{SHARDS}/{row['shard']}: {error.problem}")
-    return findings
-
-
-def _shard(path: Path) -> Findings:
-    """A tar of samples: are they whole, and are people contiguous?"""
-    findings = Findings(kind="shard")
-    extensions: Counter[str] = Counter()
-    people: list[str] = []
-    with reading(path), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            for member in read_members(file, size):
-                if member.kind != "file":
-                    extensions[f"({member.kind})"] += 1
-                    continue
-                key, _, extension = member.name.rpartition("/")[2].partition(".")
-                extensions[extension] += 1
-                if extension == "json":
-                    person, problem = _person(file, member, key)
-                    people.append(person)
-                    findings.problems += [f"{member.name[:200]}: {problem}"] if problem else []
-        except TarError as error:
-            findings.problems.append(f"it is damaged after {len(people)} samples ({error}).")
-    more = len(findings.problems) - _SHOWN
-    if more > 0:
-        findings.problems[_SHOWN:] = [f"and {more} more."]
-    changes = 1 + sum(a != b for a, b in zip(people, people[1:], strict=False)) if people else 0
-    findings.facts = {
-        "samples": len(people),
-        "people": len(set(people)),
-        "megabytes": round(size / 2**20, 2),
-    }
-    findings.tables["members"] = [("extension", "count"), *sorted(extensions.items())]
-    if changes > len(set(people)):
-        findings.problems.append("its people are not contiguous: some photos stand apart.")
-    if extensions["face.npy"] not in (0, len(people)):
-        findings.problems.append(f"{extensions['face.npy']} embeddings for {len(people)} samples.")
-    return findings
-
-
-def _person(file: BufferedReader, member: Member, key: str) -> tuple[str, str]:
-    """Whose photo a sample's record says it is, and what is wrong with the record."""
-    if member.size > _MAX_RECORD:
-        return key, f"has {member.size} bytes; expected a record of at most {_MAX_RECORD}."
-    file.seek(member.offset)
-    try:
-        record = json.loads(file.read(member.size))
-    except (ValueError, RecursionError) as error:
-        return key, f"is not JSON ({str(error)[:200]})."
-    if not isinstance(record, dict):
-        return key, f"is {type(record).__name__}; expected an object."
-    return str(record.get("identity", key)), ""
-
-
-# --- text ------------------------------------------------------------------------------------
-
-
-def _as_text(path: Path, findings: Findings) -> str:
-    lines = [f"{path}: {findings.kind}"]
-    width = max((len(name) for name in findings.facts), default=0)
-    lines += [
-        f"  {printable(name):{width}}  {_value(value)}" for name, value in findings.facts.items()
-    ]
-    for title, rows in findings.tables.items():
-        lines += ["", f"{title}:"]
-        texts = [[_value(cell) for cell in row] for row in rows]
-        widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
-        for row in texts:
-            cells = (f"{t:{w}}" if i == 0 else f"{t:>{w}}" for i, (t, w) in enumerate(
-                zip(row, widths, strict=True)))  # fmt: skip
-            lines.append("  " + "  ".join(cells))
-    lines += ["", "health: " + ("sound" if not findings.problems else "PROBLEMS")]
-    lines += [f"  - {printable(problem)}" for problem in findings.problems]
-    return "\n".join(lines)
-
-
-def _value(value: Any) -> str:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return f"{value:,}" if whole else printable(str(value))

@@ -8,7 +8,7 @@ A sample is the consecutive members of one key:
 - ``<key>.txt``: the caption, where there is one.
 
 All photos of one identity stand one after another in one shard, so a pair never crosses shards.
-The bytes depend on the contents only: USTAR, no times, no owners. ``data_index.py`` knows where
+The bytes depend on the contents only: USTAR, no times, no owners. ``index_file.py`` knows where
 each member starts, so a photo is read by one seek; the ``webdataset`` library reads the same
 files as a stream.
 """

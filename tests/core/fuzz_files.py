@@ -44,10 +44,11 @@ from safetensors.torch import load_file  # noqa: E402
 
 from infinite_id_core.errors import InfiniteIDError  # noqa: E402
 from infinite_id_core.files import checkpoint  # noqa: E402
-from trainer import data_index, inspect  # noqa: E402
+from trainer import index_file, inspect  # noqa: E402
 from trainer.convert import convert  # noqa: E402
-from trainer.data_index import INDEX, Dataset, DatasetInfo, Filters  # noqa: E402
+from trainer.data_index import Dataset, Filters  # noqa: E402
 from trainer.errors import FilterError  # noqa: E402
+from trainer.index_file import INDEX, DatasetInfo  # noqa: E402
 from trainer.prepare.photo import PhotoError, open_photo  # noqa: E402
 from trainer.prepare.reading import read_blob, read_sidecars  # noqa: E402
 from trainer.prepare.tar_sources import list_tar  # noqa: E402
@@ -359,7 +360,7 @@ def _changed_rows(rows: list[dict[str, Any]], chance: random.Random) -> pa.Table
     """One value replaced by another of its type: the file itself stays a good Parquet file."""
     row = chance.choice(rows)
     name = chance.choice(list(row))
-    kind = data_index.SCHEMA.field(name).type
+    kind = index_file.SCHEMA.field(name).type
     texts = ("", "../../secret", "/etc/passwd", "a\0.tar", "x" * 5000, "00001.tar", ".", "train")
     numbers = (0, -1, 1, 2**31 - 1, -(2**31), 513, 5)
     if kind == pa.string():
@@ -371,7 +372,7 @@ def _changed_rows(rows: list[dict[str, Any]], chance: random.Random) -> pa.Table
         row[name] = chance.choice((None, math.nan, math.inf, -1.0, 1e30))
     else:
         row[name] = chance.choice((None, [math.nan] * kind.list_size, [-1e30] * kind.list_size))
-    return data_index.table_of(rows)
+    return index_file.table_of(rows)
 
 
 def _index_bytes(folder: Path, chance: random.Random) -> bytes:
@@ -380,17 +381,17 @@ def _index_bytes(folder: Path, chance: random.Random) -> bytes:
     rows = [dict(row) for row in _INDEX["rows"]]
     info = DatasetInfo(recogniser="r", fingerprint="f" * 64, counts={"kept": 4}, options={})
     way = chance.random()
-    table = _changed_rows(rows, chance) if way < 0.4 else data_index.table_of(rows)
+    table = _changed_rows(rows, chance) if way < 0.4 else index_file.table_of(rows)
     out = io.BytesIO()
-    data_index.write_index(out, table, info)  # type: ignore[arg-type]
+    index_file.write_index(out, table, info)  # type: ignore[arg-type]
     if way < 0.4:
         return out.getvalue()
     if way < 0.6:
         sound = pq.read_table(io.BytesIO(out.getvalue()))
-        said = json.loads(sound.schema.metadata[data_index.METADATA])
+        said = json.loads(sound.schema.metadata[index_file.METADATA])
         text = json.dumps(changed(said, chance)).encode()
         other = io.BytesIO()
-        pq.write_table(sound.replace_schema_metadata({data_index.METADATA: text}), other)
+        pq.write_table(sound.replace_schema_metadata({index_file.METADATA: text}), other)
         return other.getvalue()
     data = bytearray(out.getvalue())
     # The footer says everything; half of the changes go there.

@@ -15,9 +15,10 @@ import pytest
 
 from infinite_id_core import errors
 from infinite_id_core.errors import InfiniteIDError
-from trainer import data_index
-from trainer.data_index import INDEX, Dataset, DatasetInfo, Filters, read_index
+from trainer import index_file
+from trainer.data_index import Dataset, Filters
 from trainer.errors import DatasetError, ShardDamagedError
+from trainer.index_file import INDEX, DatasetInfo, read_index
 from trainer.inspect import inspect_file
 from trainer.shards import ShardReader
 
@@ -40,14 +41,14 @@ def row(n: int, **values: Any) -> dict[str, Any]:
 def dataset(folder: Path, **values: Any) -> Path:
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     rows = [row(0, **values), row(1)]
-    data_index.write_index(folder / INDEX, data_index.table_of(rows), INFO)
+    index_file.write_index(folder / INDEX, index_file.table_of(rows), INFO)
     return folder
 
 
 def test_a_sound_index_is_read(tmp_path):
     table, info = read_index(dataset(tmp_path))
-    assert (table.num_rows, info, table.schema.names) == (2, INFO, data_index.SCHEMA.names)
-    assert table.schema.types == data_index.SCHEMA.types
+    assert (table.num_rows, info, table.schema.names) == (2, INFO, index_file.SCHEMA.names)
+    assert table.schema.types == index_file.SCHEMA.types
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_impossible_values_of_a_row_are_named(column, value, tmp_path):
 
 def test_people_who_stand_apart_are_named(tmp_path):
     rows = [row(0), row(1, identity="q"), row(2)]
-    data_index.write_index(tmp_path / INDEX, data_index.table_of(rows), INFO)
+    index_file.write_index(tmp_path / INDEX, index_file.table_of(rows), INFO)
     with pytest.raises(DatasetError, match="together"):
         read_index(tmp_path)
 
@@ -164,16 +165,16 @@ def schema_of(**values: Any) -> bytes:
      schema_of(fingerprint=None)],
 )  # fmt: skip
 def test_what_an_index_says_of_itself_is_checked(metadata, tmp_path):
-    table = data_index.table_of([row(0)]).replace_schema_metadata({data_index.METADATA: metadata})
+    table = index_file.table_of([row(0)]).replace_schema_metadata({index_file.METADATA: metadata})
     pq.write_table(table, tmp_path / INDEX)
     with pytest.raises(errors.FileError):
         read_index(tmp_path)
 
 
 def test_columns_of_other_types_are_named(tmp_path):
-    table = data_index.table_of([row(0)])
+    table = index_file.table_of([row(0)])
     wrong = table.set_column(2, "offset", pa.array([["a"]]))
-    wrong = wrong.replace_schema_metadata({data_index.METADATA: schema_of()})
+    wrong = wrong.replace_schema_metadata({index_file.METADATA: schema_of()})
     pq.write_table(wrong, tmp_path / INDEX)
     with pytest.raises(DatasetError):
         read_index(tmp_path)
@@ -182,7 +183,7 @@ def test_columns_of_other_types_are_named(tmp_path):
 BOMB = """
 import resource, sys
 sys.path.append(sys.argv[1])
-from trainer.data_index import read_index
+from trainer.index_file import read_index
 from trainer.errors import DatasetError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -197,13 +198,13 @@ except DatasetError as error:
 @pytest.mark.parametrize(("rows", "caption"), [(2_000_000, ""), (3000, "x" * 2**20)])
 def test_a_small_file_of_many_rows_is_refused_small(rows, caption, tmp_path):
     """Equal values pack to nothing: two million rows, or three gigabytes of captions."""
-    one = data_index.table_of([row(0, caption=caption)])
+    one = index_file.table_of([row(0, caption=caption)])
     columns = [pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), column.chunk(0))
                if column.type == pa.string() else column.take(pa.array([0] * rows, pa.int32()))
                for column in one.columns]  # fmt: skip
     table = pa.table(columns, names=one.schema.names)
     pq.write_table(
-        table.replace_schema_metadata({data_index.METADATA: schema_of()}),
+        table.replace_schema_metadata({index_file.METADATA: schema_of()}),
         tmp_path / INDEX, compression="zstd", store_schema=False,
     )  # fmt: skip
     assert (tmp_path / INDEX).stat().st_size < 2_000_000

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from infinite_id_core.errors import FileMissingError, NewerVersionError, OptionError
-from trainer import data_index
-from trainer.data_index import SCHEMA, Dataset, DatasetInfo, Filters, pair_mask, read_index
+from trainer import index_file
+from trainer.data_index import Dataset, Filters, pair_mask
 from trainer.errors import (
     DatasetError,
     DiskFullError,
@@ -29,6 +29,7 @@ from trainer.errors import (
     ShardDamagedError,
     disk_errors,
 )
+from trainer.index_file import SCHEMA, DatasetInfo, read_index
 from trainer.prepare import cluster, group, parts, photo, reading, sources, tar_sources
 from trainer.prepare.manifest import Target, finish, finished, remove_leftovers
 from trainer.prepare.options import PrepareOptions, RunOptions
@@ -139,7 +140,7 @@ def row(n: int, **values) -> dict:
 
 def write_dataset(folder: Path, rows: list[dict]) -> Path:
     folder.mkdir(exist_ok=True)
-    data_index.write_index(folder / data_index.INDEX, data_index.table_of(rows), INFO)
+    index_file.write_index(folder / index_file.INDEX, index_file.table_of(rows), INFO)
     return folder
 
 
@@ -222,14 +223,14 @@ def test_pairs_are_neither_strangers_nor_copies():
 def test_what_is_no_index_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="prepare did not finish"):
         read_index(tmp_path)
-    path = tmp_path / data_index.INDEX
+    path = tmp_path / index_file.INDEX
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(DatasetError, match="Parquet"):
         read_index(tmp_path)
     pa.parquet.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(DatasetError, match="not an index"):
         read_index(tmp_path)
-    newer = {data_index.METADATA: b'{"format": "infinite-id-dataset", "version": 2}'}
+    newer = {index_file.METADATA: b'{"format": "infinite-id-dataset", "version": 2}'}
     pa.parquet.write_table(pa.table({"a": [1]}).replace_schema_metadata(newer), path)
     with pytest.raises(NewerVersionError):
         read_index(tmp_path)

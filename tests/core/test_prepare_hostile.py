@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from trainer.data_index import Dataset, Filters, read_index
+from trainer.data_index import Dataset, Filters
 from trainer.errors import NoFacesError
+from trainer.index_file import read_index
 from trainer.prepare.options import Places, PrepareOptions, RunOptions
 from trainer.prepare.run import prepare
 

@@ -25,7 +25,7 @@ from PIL import Image
 from infinite_id_core.errors import FaceModelError, MissingPackageError, OptionError
 from microworld import files, portraits
 from trainer import __main__ as cli
-from trainer.data_index import Dataset, Filters, read_index
+from trainer.data_index import Dataset, Filters
 from trainer.errors import (
     BusyError,
     DatasetError,
@@ -34,6 +34,7 @@ from trainer.errors import (
     NoFacesError,
     NoPairsError,
 )
+from trainer.index_file import read_index
 from trainer.inspect import inspect_file
 from trainer.prepare import engines, run, stages
 from trainer.prepare.manifest import Target

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from infinite_id_core.files.checkpoint import read_header
 from trainer.config import TrainConfig, parse_config
-from trainer.data_index import INDEX, DatasetInfo, table_of, write_index
+from trainer.index_file import INDEX, DatasetInfo, table_of, write_index
 from trainer.models.unet import Layout, ldm_names
 from trainer.shards import SHARDS, ShardWriter
 

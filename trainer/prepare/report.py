@@ -19,9 +19,10 @@ from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.packages import require
 
 from ..config import Data
-from ..data_index import DatasetInfo, Filters
+from ..data_index import Filters
 from ..errors import disk_errors
 from ..histograms import bucket_counts, distributions, people_of_splits, spread
+from ..index_file import DatasetInfo
 from .group import Grouped
 from .parts import NOT_PHOTOS, Blob
 from .photo import PhotoError, open_photo

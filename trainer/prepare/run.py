@@ -16,9 +16,9 @@ from infinite_id_core.faces.pack import find_pack
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.files.pictures import readable_formats
 
-from ..data_index import INDEX, DatasetInfo, write_index
 from ..errors import NoFacesError, NoPairsError, disk_errors
 from ..files import locked
+from ..index_file import INDEX, DatasetInfo, write_index
 from ..shards import SHARDS
 from .engines import Engine, open_engine
 from .faces import FaceModels

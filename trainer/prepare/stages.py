@@ -23,8 +23,8 @@ from infinite_id_core.faces.detect import DetectedFace
 from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.method.identity import FACE_WIDTH
 
-from ..data_index import SCHEMA, table_of
 from ..errors import DatasetError, disk_errors
+from ..index_file import SCHEMA, table_of
 from ..shards import ShardWriter
 from . import faces
 from .faces import FaceModels

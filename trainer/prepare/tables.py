@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from infinite_id_core.files.atomic import replacing
 
-from ..data_index import SCHEMA
 from ..errors import disk_errors
+from ..index_file import SCHEMA
 from .group import Grouped
 from .manifest import Target
 from .stages import FACES, write_table
