@@ -85,24 +85,22 @@ def cached_host() -> Path:
 def find_host() -> Path | None:
     """ComfyUI's folder: $COMFYUI_PATH, else the one we are installed in, else the usual places.
 
-    Raises:
-        HostError: COMFYUI_PATH is set, and no ComfyUI is there.
+    Raises HostError where COMFYUI_PATH is set, and no ComfyUI is there.
     """
     named = os.environ.get("COMFYUI_PATH")
     if named:
         folder = Path(named).expanduser().resolve()
-        if not folder.is_dir():
-            raise HostError(
-                f"COMFYUI_PATH is {folder}: no such folder. Set it to a ComfyUI folder, or unset "
-                "it to have one found or cloned."
+        if is_comfyui(folder):
+            return folder
+        problem = ": no such folder"
+        if folder.is_dir():
+            problem = (
+                ", which is not a ComfyUI: it has to hold the folder comfy and the file main.py"
             )
-        if not is_comfyui(folder):
-            raise HostError(
-                f"COMFYUI_PATH is {folder}, which is not a ComfyUI: "
-                "it has to hold the folder comfy and the file main.py. Set it to one, or unset it "
-                "to have one found or cloned."
-            )
-        return folder
+        raise HostError(
+            f"COMFYUI_PATH is {folder}{problem}. Set it to a ComfyUI folder, or unset it to have "
+            "one found or cloned."
+        )
     candidates = [Path.home() / "comfy" / "ComfyUI", cached_host()]
     if ROOT.parent.name == "custom_nodes":
         candidates.insert(0, ROOT.parent.parent)
@@ -119,8 +117,7 @@ def find_host() -> Path | None:
 def clone_host() -> Path:
     """Clone the pinned ComfyUI release into the cache folder; whole or not at all.
 
-    Raises:
-        HostError: no git, no network, or the folder is taken by something else.
+    Raises HostError: no git, no network, or the folder is taken by something else.
     """
     target = cached_host()
     if target.exists() and not is_comfyui(target):
@@ -158,11 +155,7 @@ def clone_host() -> Path:
 
 
 def have_host() -> Path:
-    """Find ComfyUI or clone it.
-
-    Raises:
-        HostError: neither worked.
-    """
+    """Find ComfyUI or clone it. Raises HostError where neither worked."""
     return find_host() or clone_host()
 
 
@@ -241,8 +234,7 @@ def venv_starts(environment: Environment) -> bool:
 def ensure_venv(host: Path | None) -> Path:
     """Make a host's environment hold exactly what its lists say; returns its Python.
 
-    Raises:
-        SetupError: no fitting Python, or pip failed.
+    Raises SetupError where there is no fitting Python, or pip failed.
     """
     wanted = environment_for(host)
     begun = wanted.python.exists() and not wanted.unfinished.exists()
@@ -303,8 +295,7 @@ def run_child(command: Sequence[str], environment: dict[str, str]) -> int:
 def setup(release: str | None = None) -> int:
     """Make everything ready; the Python that is to be used goes to standard output.
 
-    Raises:
-        HostError: there is no ComfyUI, or another release than the one that has to be there.
+    Raises HostError: there is no ComfyUI, or another release than the one that has to be there.
     """
     host = have_host()
     version = comfyui_version(host)
@@ -322,8 +313,7 @@ def setup(release: str | None = None) -> int:
 def host_for_child() -> tuple[Path | None, dict[str, str]]:
     """ComfyUI, or None where it cannot be had, and the environment that tells a child which.
 
-    Raises:
-        HostError: it cannot be had, and INFINITE_ID_REQUIRE_HOST is 1.
+    Raises HostError where it cannot be had, and INFINITE_ID_REQUIRE_HOST is 1.
     """
     environment = dict(os.environ)
     try:

@@ -24,8 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from microworld import files, portraits
-from microworld.config import FACE_WIDTH, RECOGNISER_SIZE
+from microworld.config import RECOGNISER_SIZE
 
+from .face_export import export_detector, export_recogniser
+from .face_networks import ANCHORS, STRIDE, Detector, Recogniser
 from .face_scenes import (
     ASTRONAUT_LANDMARKS,
     Scene,
@@ -34,106 +36,6 @@ from .face_scenes import (
     background_pictures,
     portrait_sources,
 )
-from .onnx_graph import Graph
-
-STRIDE = 8
-SCORE_MARGIN = 0.5  # taken off the trained logits: a false face costs more than a faint one
-LEVELS = 3  # strides 8, 16, 32: the same network on the picture at 1, 1/2, 1/4
-# Per anchor: the unit of its boxes, the face sizes it must find, and those where it may do either.
-ANCHORS = (
-    {"unit": 32.0, "find": (20.0, 56.0), "may": (16.0, 70.0)},
-    {"unit": 64.0, "find": (48.0, 108.0), "may": (38.0, 135.0)},
-)
-
-
-# --- networks --------------------------------------------------------------------------------
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution, batch norm, and (where asked) ReLU; the norm is folded at export."""
-
-    def __init__(
-        self, width_in: int, width: int, size: int = 3, *, stride: int = 1, dilation: int = 1,
-        groups: int = 1, relu: bool = True,
-    ) -> None:  # fmt: skip
-        conv = nn.Conv2d(
-            width_in, width, size, stride, (size // 2) * dilation, dilation, groups, bias=False
-        )
-        super().__init__(conv, nn.BatchNorm2d(width), *([nn.ReLU()] if relu else []))
-
-
-class Separable(nn.Module):
-    """A residual depthwise-pointwise block."""
-
-    def __init__(self, width: int, size: int = 5, dilation: int = 1) -> None:
-        super().__init__()
-        padding = (size // 2) * dilation
-        self.spatial = nn.Conv2d(width, width, size, 1, padding, dilation, groups=width)
-        self.mix = ConvNorm(width, width, 1, relu=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, c, h, w] -> the same shape."""
-        return F.relu(x + self.mix(F.relu(self.spatial(x))))
-
-
-class Detector(nn.Module):
-    """One level of the detector: faces of 20 to 108 pixels, at stride 8.
-
-    Larger faces are found by the same weights in the picture at half and quarter size, so it
-    treats every size alike by construction.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            ConvNorm(3, 40, 7, stride=4),
-            Separable(40, 3),
-            ConvNorm(40, 80, stride=2),
-            Separable(80),
-            Separable(80, dilation=2),
-            Separable(80, dilation=2),
-            Separable(80, dilation=2),
-            Separable(80),
-        )
-        self.score = nn.Conv2d(80, 2, 1)
-        self.box = nn.Conv2d(80, 2 * 4, 1)
-        self.landmarks = nn.Conv2d(80, 2 * 10, 1)
-        nn.init.constant_(self.score.bias, -4.0)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """RGB [b, 3, h, w] in -1..1 -> logits [b, n, 2], boxes [b, n, 2, 4], points [b, n, 2, 10].
-
-        n = (h / 8) (w / 8). Boxes are distances from the cell to left, top, right, bottom and
-        points are offsets, both in the anchor's unit.
-        """
-        body = self.body(x)
-        outputs = (head(body).flatten(2).mT for head in (self.score, self.box, self.landmarks))
-        score, box, landmarks = outputs
-        return score, box.unflatten(2, (2, 4)), landmarks.unflatten(2, (2, 10))
-
-
-class Recogniser(nn.Module):
-    """Aligned face to embedding, in ArcFace's shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            ConvNorm(3, 32, 7, stride=4),
-            Separable(32, 3),
-            ConvNorm(32, 64, stride=2),
-            Separable(64, 3),
-            ConvNorm(64, 96, stride=2),
-            Separable(96, 3),
-            Separable(96, 3),
-            ConvNorm(96, 96, 7, groups=96, relu=False),
-        )
-        self.embed = nn.Linear(96, FACE_WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """RGB [b, 3, 112, 112] in -1..1 -> [b, 512], not normed."""
-        # The 7x7 kernel over the 7x7 map is what its centre sees.
-        return self.embed(self.body(x)[:, :, 3, 3])
-
 
 # --- training the detector -------------------------------------------------------------------
 
@@ -320,91 +222,6 @@ def _people(people: int, pictures: int, rng: np.random.Generator) -> NDArray[np.
             found = (points + rng.normal(0, 0.03 * span, points.shape)).astype(np.float32)
             crops[person, picture] = face_align.norm_crop(drawn, found, size)
     return crops
-
-
-# --- export ----------------------------------------------------------------------------------
-
-
-def export_detector(model: Detector, path: Path) -> None:
-    """Write the SCRFD-shaped file: three levels share one set of weights."""
-    graph = Graph("microworld detector")
-    image = graph.input("input.1", [1, 3, "height", "width"])
-    outputs: dict[str, list[str]] = {"score": [], "bbox": [], "kps": []}
-    level_image = image
-    for level in range(LEVELS):
-        if level:
-            level_image = graph.add("AveragePool", level_image, kernel_shape=[2, 2], strides=[2, 2])
-        body = _sequence(graph, model.body, level_image)
-        units = [anchor["unit"] / STRIDE for anchor in ANCHORS]
-        bias = model.score.bias - SCORE_MARGIN
-        score = graph.add("Sigmoid", graph.conv(body, model.score.weight, bias))
-        outputs["score"].append(_rows(graph, score, 1))
-        # SCRFD's loader multiplies by the stride; the anchors' units go into the weights.
-        outputs["bbox"].append(_rows(graph, _scaled(graph, body, model.box, units), 4))
-        outputs["kps"].append(_rows(graph, _scaled(graph, body, model.landmarks, units), 10))
-    for width, (kind, names) in zip((1, 4, 10), outputs.items(), strict=True):
-        for level, name in enumerate(names):
-            graph.output(f"{kind}_{STRIDE * 2**level}", name, [f"cells_{level}", width])
-    graph.save(path)
-
-
-def export_recogniser(model: Recogniser, path: Path) -> None:
-    """Write the ArcFace-shaped file."""
-    graph = Graph("microworld recogniser")
-    image = graph.input("input.1", ["batch", 3, RECOGNISER_SIZE, RECOGNISER_SIZE])
-    body = _sequence(graph, model.body[:-1], image)
-    weight, bias = _folded(model.body[-1])
-    last = graph.conv(body, weight, bias, groups=weight.shape[0])  # no padding: 7x7 -> 1x1
-    embedding = graph.conv(last, model.embed.weight[:, :, None, None], model.embed.bias)
-    graph.output("embedding", graph.add("Flatten", embedding, axis=1), ["batch", FACE_WIDTH])
-    graph.save(path)
-
-
-def _scaled(graph: Graph, body: str, head: nn.Conv2d, units: list[float]) -> str:
-    rows = head.weight.shape[0] // len(units)
-    factor = torch.tensor(units).repeat_interleave(rows)
-    return graph.conv(body, head.weight * factor[:, None, None, None], head.bias * factor)
-
-
-def _rows(graph: Graph, map_: str, width: int) -> str:
-    """[1, 2 * width, h, w] -> [h * w * 2, width], anchors innermost."""
-    last = graph.add("Transpose", map_, perm=[0, 2, 3, 1])
-    return graph.add("Reshape", last, graph.integers([-1, width]))
-
-
-def _sequence(graph: Graph, blocks: nn.Sequential, image: str) -> str:
-    x = image
-    for block in blocks:
-        if isinstance(block, Separable):
-            inner = _conv_norm(graph, block.mix, graph.add("Relu", _conv(graph, block.spatial, x)))
-            x = graph.add("Relu", graph.add("Add", x, inner))
-        else:
-            assert isinstance(block, ConvNorm)
-            x = _conv_norm(graph, block, x)
-    return x
-
-
-def _conv_norm(graph: Graph, block: ConvNorm, x: str) -> str:
-    x = _conv(graph, block[0], x, *_folded(block))
-    return graph.add("Relu", x) if len(block) == 3 else x
-
-
-def _conv(
-    graph: Graph, conv: nn.Conv2d, x: str, weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> str:  # fmt: skip
-    return graph.conv(
-        x, conv.weight if weight is None else weight, conv.bias if bias is None else bias,
-        stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
-        groups=conv.groups,
-    )  # fmt: skip
-
-
-def _folded(block: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a convolution with its batch norm inside."""
-    conv, norm = block[0], block[1]
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.files.pictures import read_picture
 
-from .comfy_live import ComfyLiveError, ComfyServer, ImageRef, Result
+from .comfy_client import ComfyLiveError, ImageRef, Result
+from .comfy_live import ComfyServer
 from .strip import strip
 from .workflow_api import WorkflowError
 

@@ -47,7 +47,7 @@ from trainer.models.unet import MICROWORLD, load_unet
 from trainer.models.vae import STRIDE, Autoencoder, load_vae
 from trainer.train.features import load_image_encoder
 
-from .comfy_live import ImageRef, Result
+from .comfy_client import ImageRef, Result
 from .workflow_api import UnknownNode, WorkflowError
 from .workflow_api import to_api as convert
 

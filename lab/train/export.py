@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from microworld import files
 from microworld.portraits import ATTRIBUTE_SIZES
 
-from .. import face_models
+from .. import face_export
 from ..onnx_graph import Graph
 from ..scoring import ATTRIBUTES, SCORER
 from . import adapter, names, vae
@@ -85,7 +85,7 @@ def export_recogniser(folder: Path) -> Path:
     model = WithTraits()
     model.load_state_dict(weights_of(folder, "recogniser"))
     return _export(
-        lambda path: face_models.export_recogniser(model.recogniser.eval(), path), files.RECOGNISER
+        lambda path: face_export.export_recogniser(model.recogniser.eval(), path), files.RECOGNISER
     )
 
 
@@ -93,7 +93,7 @@ def export_scorer(folder: Path) -> Path:
     """weights/scorer.onnx, same form, in no insightface pack: it must never condition anything."""
     model = Scorer()
     model.load_state_dict(weights_of(folder, "scorer"))
-    return _export(lambda path: face_models.export_recogniser(model.eval(), path), SCORER)
+    return _export(lambda path: face_export.export_recogniser(model.eval(), path), SCORER)
 
 
 def export_attributes(folder: Path) -> Path:
@@ -104,15 +104,9 @@ def export_attributes(folder: Path) -> Path:
 
     def write(path: Path) -> None:
         graph = Graph("microworld attributes")
-        body = face_models._sequence(
-            graph, model.body[:-1], graph.input("image", ["batch", 3, 128, 128])
-        )
-        weight, bias = face_models._folded(model.body[-1])
-        last = graph.conv(body, weight, bias, groups=weight.shape[0])
-        logits = graph.conv(last, model.embed.weight[:, :, None, None], model.embed.bias)
-        graph.output(
-            "logits", graph.add("Flatten", logits, axis=1), ["batch", sum(ATTRIBUTE_SIZES)]
-        )
+        image = graph.input("image", ["batch", 3, 128, 128])
+        logits = face_export.vector(graph, model.body, model.embed, image)
+        graph.output("logits", logits, ["batch", sum(ATTRIBUTE_SIZES)])
         graph.save(path)
 
     return _export(write, ATTRIBUTES)

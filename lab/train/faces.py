@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from microworld.config import FACE_WIDTH, IMAGE_SIZE, RECOGNISER_SIZE
 from microworld.portraits import ATTRIBUTE_SIZES
 
-from ..face_models import ConvNorm, Recogniser, Separable
+from ..face_networks import ConvNorm, Recogniser, Separable
 from .data import generator
 from .loop import LoopOptions, train
 from .pictures import EACH, Pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .. import face_models
+from .. import face_export, face_models
 from . import adapter, export, faces, open_clip, side_by_side, unet, vae
 from .pictures import Pictures, pictures
 from .seen import seen
@@ -48,7 +48,7 @@ def train_piece(name: str, folder: Path, threads: int) -> None:
         path = folder / "det.onnx"
         if not path.exists():
             part = path.with_suffix(".part")
-            face_models.export_detector(face_models.train_detector(), part)
+            face_export.export_detector(face_models.train_detector(), part)
             part.replace(path)
     elif name == "photos":  # the trainer reads files, as anybody's
         for model_file in ("vae", "detector", "recogniser", "open_clip"):

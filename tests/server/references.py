@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 from tools.comfy_live import ComfyServer
-from tools.make_workflows import REFERENCE, REFERENCE_2
+from tools.workflow_parts import REFERENCE, REFERENCE_2
 
 
 def upload_references(server: ComfyServer, folder: Path) -> None:

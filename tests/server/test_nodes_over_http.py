@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from infinite_id_core import errors
-from tools.comfy_live import ComfyServer, Event, ImageRef, NodeFailed, PromptRejected
+from tools.comfy_client import Event, ImageRef, NodeFailed, PromptRejected
+from tools.comfy_live import ComfyServer
 
 EMBEDDED = "microworld (embedded)"
 Prompt = dict[str, dict[str, Any]]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools.comfy_live import ComfyServer, NodeFailed, PromptRejected, ServerDied
+from tools.comfy_client import NodeFailed, PromptRejected, ServerDied
+from tools.comfy_live import ComfyServer
 from tools.node_ids import NODE_IDS
 from tools.workflow_api import UnknownNode
 

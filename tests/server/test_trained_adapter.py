@@ -18,7 +18,8 @@ from PIL import Image
 
 from infinite_id_core.files.checkpoint import read_adapter
 from tools.comfy_live import ComfyServer
-from tools.make_workflows import FOLDER, REFERENCE
+from tools.make_workflows import FOLDER
+from tools.workflow_parts import REFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 FACE_MODELS = "microworld/weights/insightface/models/microworld"

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.comfy_live import ComfyServer, NodeFailed
+from tools.comfy_client import NodeFailed
+from tools.comfy_live import ComfyServer
 from tools.demo import show
-from tools.make_workflows import EMBEDDED, FOLDER, REFERENCE, WORKFLOWS, build
+from tools.make_workflows import FOLDER, WORKFLOWS, build
+from tools.workflow_parts import EMBEDDED, REFERENCE
 
 from .references import upload_references
 
