@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import pytest
 import torch
 
 from infinite_id_core.errors import NotFiniteError
+from infinite_id_core.files.safetensors_file import read_header
 from infinite_id_core.hosts.diffusers_unet import default_size_ids
 from trainer.config import Data
 from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NoPairsError, ShardDamagedError
+from trainer.files import LOCK
 from trainer.train import cache as cache_module
 from trainer.train.cache import FeatureCache, key_of
 from trainer.train.crops import Crop, buckets, draw_crop, nearest_bucket
@@ -293,13 +298,13 @@ def test_a_damaged_pack_is_computed_again(tmp_path: Path) -> None:
     cache.write({"a": torch.ones(3), "b": torch.zeros(2)})
     cache.write({"c": torch.full((2,), 5.0)})
     assert torch.equal(pickle.loads(pickle.dumps(cache)).read("c"), torch.full((2,), 5.0))
-    damaged = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    damaged = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-4])
     again = FeatureCache(tmp_path)
     assert again.missing(["a", "c", "a", "b"]) == ["a", "b"]
-    assert not damaged.exists()
     other = FeatureCache(tmp_path)
     other.write({"a": torch.ones(1)})
+    assert not damaged.exists()
     again.refresh()
     assert again.missing(["a"]) == []
 
@@ -312,7 +317,7 @@ def test_a_full_disk_leaves_no_half_pack(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cache_module, "save_file", full)
     with pytest.raises(DiskFullError):
         FeatureCache(tmp_path).write({"a": torch.ones(1)})
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -321,6 +326,40 @@ def test_a_number_that_is_none_is_not_written(tmp_path: Path, value: float) -> N
     with pytest.raises(NotFiniteError, match="not written"):
         cache.write({"a": torch.ones(1), "b": torch.tensor([0.0, value])})
     assert list(tmp_path.iterdir()) == [] and cache.missing(["a"]) == ["a"]
+
+
+def test_of_two_trainings_the_first_ones_entry_stays(tmp_path: Path) -> None:
+    first, second = FeatureCache(tmp_path), FeatureCache(tmp_path)
+    first.write({"a": torch.ones(1), "b": torch.ones(1)})
+    second.write({"b": torch.full((1,), 2.0), "c": torch.full((1,), 2.0)})
+    for cache in (second, FeatureCache(tmp_path), pickle.loads(pickle.dumps(second))):
+        assert [float(cache.read(key)) for key in "abc"] == [1.0, 1.0, 2.0]
+
+
+def test_two_processes_that_fill_one_cache_write_each_entry_once(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", _FILLER, str(tmp_path)]
+    fillers = [
+        subprocess.Popen([*words, str(number)], cwd=train_world.ROOT, stdout=subprocess.PIPE)
+        for number in (2, 3)
+    ]
+    said = [json.loads(filler.communicate(timeout=120)[0]) for filler in fillers]
+    entries = [key for path in tmp_path.glob("*.safetensors") for key in read_header(path).tensors]
+    assert sorted(entries) == sorted(str(n) for n in range(240))
+    cache = FeatureCache(tmp_path)
+    assert said[0] == said[1] == [float(cache.read(str(n))) for n in range(240)]
+
+
+# Packs of so many entries, which the other process computes with other bits.
+_FILLER = """
+import json, sys
+import torch
+from trainer.train.cache import FeatureCache
+folder, number = sys.argv[1], int(sys.argv[2])
+cache = FeatureCache(folder)
+for start in range(0, 240, number):
+    cache.write({str(n): torch.full((1,), float(number)) for n in range(start, start + number)})
+print(json.dumps([float(cache.read(str(n))) for n in range(240)]))
+"""
 
 
 def test_keys_are_hashes_of_plain_values() -> None:

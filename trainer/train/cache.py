@@ -1,7 +1,7 @@
 """Tensors that are computed once: packs of safetensors, found by a hash of all that made them.
 
 A key covers the photo, the model and the options, so a stale entry is simply never asked for.
-Each pack is written in one step; a damaged one is deleted and its entries computed again.
+Each pack is written in one step; a damaged one is deleted when its entries are written again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from infinite_id_core.errors import FileError, NotFiniteError
 from infinite_id_core.files.checkpoint import read_header, replacing
 
 from ..errors import disk_errors
+from ..files import locked
 
 PACK = 128  # entries per file
+_WAIT = 600.0  # seconds for the others to write their packs
 _OPEN = 16  # files kept open per process
 
 _log = logging.getLogger(__name__)
@@ -41,27 +43,39 @@ def finite(tensor: Tensor) -> bool:
 
 
 class FeatureCache:
-    """A folder of packs. Safe to read in worker processes; one writer per entry."""
+    """A folder of packs. Safe to read in worker processes, and to fill by several trainings.
+
+    Writers take turns, and an entry is in one pack only: who computes it a second time reads the
+    first one's, now and when resumed.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._packs: dict[str, Path] = {}
+        self._seen: set[Path] = set()
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self.refresh()
 
     def refresh(self) -> None:
         """Look again at what is there: another process may have written."""
-        known = set(self._packs.values())
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path in known:
-                continue
+        self._refresh(delete=False)
+
+    def _refresh(self, *, delete: bool) -> None:
+        """``delete`` damaged packs: only with the lock, or one just written could be meant."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._seen):
             try:
                 names = read_header(path).tensors
             except FileError as error:
-                _log.warning("Computing the contents of a damaged cache file again: %s", error)
-                path.unlink(missing_ok=True)
+                if delete:
+                    _log.warning("Computing the contents of a damaged cache file again: %s", error)
+                    path.unlink(missing_ok=True)
                 continue
-            self._packs.update(dict.fromkeys(names, path))
+            self._take(path, names)
+
+    def _take(self, path: Path, names: Iterable[str]) -> None:
+        self._seen.add(path)
+        for name in names:
+            self._packs.setdefault(name, path)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that are not there, once each, in order."""
@@ -72,18 +86,26 @@ class FeatureCache:
 
         An entry never changes: computed again in another batch it would differ by rounding, and
         a resumed run with it. Raises ``NotFiniteError`` (a number that is none would spoil every
-        later run), ``DiskFullError``; nothing half-written stays.
+        later run), ``DiskFullError``, ``BusyError``; nothing half-written stays.
         """
         tensors = {key: entries[key].cpu().contiguous() for key in self.missing(entries)}
+        for key, tensor in tensors.items():
+            if not finite(tensor):
+                raise NotFiniteError(
+                    self.folder, f"was not written to: {key} holds NaN or infinity."
+                )
+        if tensors:
+            with locked(self.folder, "training", _WAIT):
+                self._refresh(delete=True)  # what others have written meanwhile
+                self._write({key: tensors[key] for key in self.missing(tensors)})
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
             return
         path = self.folder / f"{key_of(*sorted(tensors))}.safetensors"
-        for key, tensor in tensors.items():
-            if not finite(tensor):
-                raise NotFiniteError(path, f"was not written: {key} holds NaN or infinity.")
         with disk_errors(path), replacing(path) as temporary:
             save_file(tensors, temporary)
-        self._packs.update(dict.fromkeys(tensors, path))
+        self._take(path, tensors)
 
     def read(self, key: str) -> Tensor:
         """One tensor. Raises ``NotFiniteError`` for one that is no number: of an older release."""
