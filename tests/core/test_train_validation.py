@@ -192,7 +192,7 @@ def test_it_is_reported_by_band_beside_the_training_loss(
 
     caplog.set_level("INFO")
     for steps in (4, 6):  # resumed, it loses none
-        loop.train(make(run={"steps": steps}, log={"tensorboard": True, "every": 2}))
+        loop.train(make(run={"steps": steps}, log={"trackers": ["tensorboard"], "every": 2}))
     names = {f"validation/{name}" for name in ("all", band_name(0, 2), band_name(1, 2))}
     written = evaluations(tmp_path / "run")
     assert list(written) == [2, 4, 6]
