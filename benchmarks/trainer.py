@@ -5,7 +5,7 @@
 The plain loop works in the manner of IP-Adapter's SDXL training script: text encoders, autoencoder
 and CLIP image encoder stay loaded, and each step decodes photos, encodes pixels, captions and
 reference pictures, and leaves the text attention on. Both sides train the same adapter on the same
-frozen tiny UNet with the same optimiser, batch and photos (``microworld``'s made people, prepared
+frozen tiny UNet with the same optimiser, batch and photos (``microworld``'s synthetic people, prepared
 once before). Each runs in processes of its own, in turns; the first steps, in which libraries warm
 up, are left out of the rate. Target: at least 1.3 times as fast, with less memory.
 
@@ -103,7 +103,7 @@ def compare(values: argparse.Namespace, folder: Path) -> int:
 
 
 def make_data(folder: Path) -> None:
-    """Made people, prepared by the documented commands."""
+    """Synthetic people, prepared by the documented commands."""
     people = ["microworld", "people", folder / "people", "--people", PEOPLE, "--photos", PHOTOS]
     prepare = ["trainer", "prepare", folder / "people", folder / "data", "--face-models",
                FACE_MODELS, "--no-report", "--no-progress"]  # fmt: skip

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     sheet = commands.add_parser("sheet", help="draw a contact sheet")
     sheet.add_argument("out", type=Path)
-    people = commands.add_parser("people", help="draw photos of made people, a folder each")
+    people = commands.add_parser("people", help="draw photos of synthetic people, a folder each")
     people.add_argument("folder", type=Path)
     people.add_argument("--people", type=int, default=48)
     people.add_argument("--photos", type=int, default=6, help="of each person")

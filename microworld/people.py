@@ -1,4 +1,4 @@
-"""Made people as photos: a folder per person for `python -m trainer prepare`, and references."""
+"""Synthetic people as photos: a folder per person for `python -m trainer prepare`, and references."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What a caption speaks of. Indices into BACKGROUNDS, STYLES, EXPRESSIONS, ACCESSORIES."""
+    """What a caption names. Indices into BACKGROUNDS, STYLES, EXPRESSIONS, ACCESSORIES."""
 
     background: int
     style: int

@@ -46,7 +46,7 @@ class InfiniteIDApply(io.ComfyNode):
                     min=0.0,
                     max=MAX_STRENGTH,
                     step=0.05,
-                    tooltip="How strongly the identity speaks. 0 leaves the model as it was.",
+                    tooltip="How strongly the person shapes the picture. 0 leaves the model as it was.",
                 ),
                 io.Combo.Input(
                     "mixing",
@@ -73,7 +73,7 @@ class InfiniteIDApply(io.ComfyNode):
                 io.Boolean.Input(
                     "merge_text",
                     default=True,
-                    tooltip="Let the prompt speak in the person's picture as well. Off makes the "
+                    tooltip="Add the prompt's own cross-attention to the person's. Off makes the "
                     "prompt weaker.",
                 ),
                 io.Combo.Input(
@@ -89,7 +89,7 @@ class InfiniteIDApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When the identity begins to speak, as a part of the sampling.",
+                    tooltip="When the person begins to take effect, as a part of the sampling.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -97,7 +97,7 @@ class InfiniteIDApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When the identity stops speaking. Ending early is faster.",
+                    tooltip="When the person stops taking effect. Ending early is faster.",
                 ),
                 io.Mask.Input(
                     "mask",

@@ -49,7 +49,7 @@ class InfiniteIDMicroPortrait(io.ComfyNode):
             display_name="Infinite-ID Micro Portrait (embedded)",
             category="Infinite-ID",
             description=(
-                "A drawn portrait of a made person whom the Micro Model has never seen: a "
+                "A drawn portrait of a synthetic person whom the Micro Model has never seen: a "
                 "reference for it that is always there. For your own photo use Load Image."
             ),
             inputs=[

@@ -169,7 +169,7 @@ def two_people(g: Graph, kind: Kind) -> None:
     g.note(
         "Masks",
         "Any mask will do: draw your own in the mask editor of a Load Image node. Masks may "
-        "overlap; where none is white, only the prompt speaks.",
+        "overlap; where none is white, only the prompt takes effect.",
         100,
     )
     prompts = texts(g, m, kind, kind.other_prompt)

@@ -271,7 +271,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON readers disagree on which of two equal names holds; so neither does."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice in one object")
     return values
 
 

@@ -1,6 +1,6 @@
 """The adapter, trained by the trainer's own commands on the exported models.
 
-What users run for their people, we run for ours: photos of made people, `trainer prepare` through
+What users run for their people, we run for ours: photos of synthetic people, `trainer prepare` through
 the embedded detector and recogniser, `trainer train` with `trainer/configs/microworld.toml`. Photos
 only, as in the paper: other styles are the base's to know and the mixed attention's to keep.
 """
@@ -27,7 +27,7 @@ class TrainerFailedError(RuntimeError):
 
 
 def prepare(folder: Path) -> Path:
-    """Photos of made people, detected, aligned, embedded and grouped; resumes."""
+    """Photos of synthetic people, detected, aligned, embedded and grouped; resumes."""
     people, data, drawn = (folder / name for name in ("people", DATA, "people.drawn"))
     if not drawn.exists():
         write_people(people, PEOPLE, PHOTOS, size=128, style=STYLES.index("photo"))

@@ -333,7 +333,7 @@ def test_an_identity_comes_back_bit_for_bit(clip, tmp_path):
 
 
 def test_files_hold_the_contract(tmp_path):
-    """DESIGN section 3, as any other safetensors reader sees it."""
+    """The published format, as any other safetensors reader sees it."""
     write("adapter", tmp_path / "a.safetensors")
     write("identity", tmp_path / "i.safetensors")
     adapter = checkpoint.read_header(tmp_path / "a.safetensors")

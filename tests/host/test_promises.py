@@ -1,4 +1,4 @@
-"""DESIGN's promises 1-3 in real ComfyUI: batches, what is left behind, and other packs' pieces."""
+"""What the pack promises, in real ComfyUI: batches, what is left behind, and other packs' pieces."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ready(server: ComfyServer, world: Path) -> ComfyServer:
-    """The adapter where ComfyUI's users put it, and one of the made people as the reference."""
+    """The adapter where ComfyUI's users put it, and one of the synthetic people as the reference."""
     folder = server.base / "models" / "infinite_id"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).write_bytes((world / "adapter" / "adapter.safetensors").read_bytes())
@@ -89,7 +89,7 @@ def test_the_file_says_what_it_was_trained_on(world: Path) -> None:
     config = read_adapter(world / "adapter" / "adapter.safetensors").config
     assert config.training_step == STEPS
     assert config.recogniser.startswith("microworld/") and config.clip_model == "microworld"
-    assert config.dataset_fingerprint and config.licence_note.startswith("made people")
+    assert config.dataset_fingerprint and config.licence_note.startswith("synthetic people")
 
 
 def test_the_loader_offers_it(ready: ComfyServer) -> None:
