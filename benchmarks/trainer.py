@@ -5,8 +5,8 @@
 The plain loop works in the manner of IP-Adapter's SDXL training script: text encoders, autoencoder
 and CLIP image encoder stay loaded, and each step decodes photos, encodes pixels, captions and
 reference pictures, and leaves the text attention on. Both sides train the same adapter on the same
-frozen tiny UNet with the same optimiser, batch and photos (``microworld``'s synthetic people, prepared
-once before). Each runs in processes of its own, in turns; the first steps, in which libraries warm
+frozen tiny UNet with the same optimiser, batch and photos (``microworld``'s people, prepared once
+before). Each runs in processes of its own, in turns; the first steps, in which libraries warm
 up, are left out of the rate. Target: at least 1.3 times as fast, with less memory.
 
 Ours encodes each photo once, before its first step; that is timed apart, and printed with the

@@ -1,4 +1,4 @@
-"""Synthetic people as photos: a folder per person for `python -m trainer prepare`, and references."""
+"""Synthetic people as photos: a folder each for `python -m trainer prepare`, and references."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class InfiniteIDApply(io.ComfyNode):
                     min=0.0,
                     max=MAX_STRENGTH,
                     step=0.05,
-                    tooltip="How strongly the person shapes the picture. 0 leaves the model as it was.",
+                    tooltip="How strongly the person shapes the picture. 0 leaves the model as "
+                    "it was.",
                 ),
                 io.Combo.Input(
                     "mixing",

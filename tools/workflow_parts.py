@@ -123,7 +123,7 @@ def photo_and_person(
 
 
 def photo(g: Graph, kind: Kind, title: str, number: int = 0) -> Out:
-    """A photo of the user's; for the embedded default, which knows nobody else, a synthetic person."""
+    """A photo of the user's; for the embedded default, which knows no photos, a drawn one."""
     if kind.micro:
         (image,) = g.add("InfiniteIDMicroPortrait", title=title, preview=240, person=number)
         return image

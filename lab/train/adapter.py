@@ -1,7 +1,7 @@
 """The adapter, trained by the trainer's own commands on the exported models.
 
-What users run for their people, we run for ours: photos of synthetic people, `trainer prepare` through
-the embedded detector and recogniser, `trainer train` with `trainer/configs/microworld.toml`. Photos
+What users run for their people, we run for ours: photos of drawn people, `trainer prepare` with the
+embedded detector and recogniser, `trainer train` with `trainer/configs/microworld.toml`. Photos
 only, as in the paper: other styles are the base's to know and the mixed attention's to keep.
 """
 

@@ -1,4 +1,4 @@
-"""Killed, asked to stop, or left alone by another process: a resumed run ends as if nothing had been."""
+"""Killed, asked to stop, or left by another rank: a resumed run ends as if nothing had been."""
 
 from __future__ import annotations
 

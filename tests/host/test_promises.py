@@ -1,4 +1,4 @@
-"""What the pack promises, in real ComfyUI: batches, what is left behind, and other packs' pieces."""
+"""What the pack promises in real ComfyUI: batches, what is left behind, other packs' pieces."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ready(server: ComfyServer, world: Path) -> ComfyServer:
-    """The adapter where ComfyUI's users put it, and one of the synthetic people as the reference."""
+    """The adapter where ComfyUI's users put it, and a synthetic person as the reference."""
     folder = server.base / "models" / "infinite_id"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).write_bytes((world / "adapter" / "adapter.safetensors").read_bytes())
