@@ -145,7 +145,7 @@ def _pax(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         space = content.find(b" ", at, at + 20)
         digits = content[at:space] if space > at else b""
         length = int(digits) if digits.isdigit() else 0
-        if at + length > len(content) or at + length <= space + 1:
+        if space < 0 or at + length > len(content) or at + length <= space + 1:
             return
         key, _, value = content[space + 1 : at + length - 1].partition(b"=")
         yield key, value

@@ -5,13 +5,15 @@
 The same seed gives the same files. What is refused must be refused by a class of this project;
 what is accepted must be sound by another reader's word: safetensors' own, torch's
 ``weights_only``, the hash of the photo. An audit hook sees whether anything of a file runs.
-Prints the worst time and memory of one file by kind, and exits with 1 where something was wrong.
+Prints the worst time and memory of one file by kind, and exits with 1 where something was wrong,
+or where one file took so long that it may never have ended: its number and the place are shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
@@ -55,6 +57,7 @@ from trainer.prepare.tar_sources import list_tar  # noqa: E402
 from trainer.shards import ShardWriter, is_shard_name  # noqa: E402
 
 SECONDS = 20.0  # for one file; the sound ones take milliseconds
+HUNG = 120.0  # by the clock
 KILOBYTES = 400_000  # that one file may add to the memory's peak
 OPEN = Filters(
     min_short_side=0, min_face_size=0, min_det_score=0, min_similarity=-1, min_sharpness=0,
@@ -477,7 +480,11 @@ def run(count: int, seed: int, only: str = "") -> dict[str, Tally]:
         for number in range(count):
             kind = list(tallies)[number % len(tallies)]
             active[0] = True
+            if number % 100 == 0:
+                print(f"file {number} of {count}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback_later(HUNG, exit=True)
             _one(kind, Path(folder), random.Random(f"{seed} {number}"), tallies[kind], number)
+            faulthandler.cancel_dump_traceback_later()
             active[0] = False
             tallies[kind].faults += [f"{number}: ran {event}" for event in watched]
             watched.clear()

@@ -227,6 +227,9 @@ def test_headers_that_cost_tarfile_its_stack_or_its_time_cost_nothing(tmp_path):
     pax = b"10 a=b\n" * 100_000
     path = touch(tmp_path / "pax.tar", header(b"pax", b"x", len(pax)) + padded(pax) + PHOTO + end)
     assert timed(path) == (["last.jpg"], "")
+    pax = b"6 a=b\nrest"  # after which nothing moved on any more
+    path = touch(tmp_path / "odd.tar", header(b"pax", b"x", len(pax)) + padded(pax) + PHOTO + end)
+    assert timed(path) == (["last.jpg"], "")
     digits = b"1" * 1_000_000
     path = touch(tmp_path / "dig.tar", header(b"pax", b"x", 10**6) + padded(digits) + PHOTO + end)
     assert timed(path) == (["last.jpg"], "")
