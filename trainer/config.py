@@ -32,6 +32,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 OptimiserKind = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 RateSchedule = Literal["fixed", "cosine"]
 PredictionChoice = Literal["auto", "epsilon", "v"]
+UNetDtype = Literal["precision", "fp8"]
 FileDtype = Literal["float32", "float16", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -42,6 +43,7 @@ OPTIMISERS: tuple[OptimiserKind, ...] = get_args(OptimiserKind)
 LOWEST_PRODIGY_RATE = 0.01  # below, a rate meant for Adam was left standing
 RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
 PREDICTIONS: tuple[PredictionChoice, ...] = get_args(PredictionChoice)
+UNET_DTYPES: tuple[UNetDtype, ...] = get_args(UNetDtype)
 FILE_DTYPES: tuple[FileDtype, ...] = get_args(FileDtype)
 TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
@@ -86,10 +88,13 @@ class Model:
     """What the UNet predicts; ``auto`` takes the file's own mark, else the noise."""
     zero_terminal_snr: bool = False
     """The base was trained down to pure noise (some v-prediction bases)."""
+    unet_dtype: UNetDtype = "precision"
+    """How the frozen UNet's weights are stored: as ``optimiser.precision``, or in 8 bits, which
+    takes half the memory of bf16 and is widened layer by layer where it multiplies."""
 
     def __post_init__(self) -> None:
         _in_range("model", self, head_width=(1, 1024))
-        _one_of("model", self, prediction=PREDICTIONS)
+        _one_of("model", self, prediction=PREDICTIONS, unet_dtype=UNET_DTYPES)
         _not_empty("model", self, "unet")
 
     @property

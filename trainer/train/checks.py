@@ -27,6 +27,7 @@ from ..models.vae import check_vae
 from ..prompts import read_prompts
 from . import state
 from .features import check_image_encoder, clip_width, fingerprints_of, reference_row
+from .fp8 import check_fp8, narrow
 from .log import logger
 from .optimisers import require_package
 from .samples import Fingerprints, Plan
@@ -78,7 +79,9 @@ def check_run(
     settings. Raises named errors of data, files,
     models, packages and configuration, ``ResumeError``.
     """
-    check_device(config.run.device)
+    device = check_device(config.run.device)
+    if config.model.unet_dtype == "fp8":
+        check_fp8(device)
     _check_packages(config)
     plan = check_data(config, global_batch)
     unet = build_meta(config)
@@ -169,6 +172,8 @@ def build_meta(config: TrainConfig) -> Any:
         unet = build(**described)
     # diffusers' own warns of layers SDXL has none of
     torch.nn.Module.to(unet, DTYPES[config.optimiser.precision])
+    if config.model.unet_dtype == "fp8":
+        narrow(unet, text=True)
     return unet.requires_grad_(False)
 
 

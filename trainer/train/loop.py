@@ -41,6 +41,7 @@ from .checks import (
 )
 from .features import compute_missing, fingerprints_of
 from .fellows import Fellows
+from .fp8 import narrow
 from .log import RunLog, bar, logger, no_bar
 from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
@@ -259,11 +260,16 @@ class _Processes:
 
 
 def prepare_unet(config: TrainConfig, device: torch.device) -> LoadedUNet:
-    """The frozen UNet in its working precision, with the schedule the configuration asks for."""
+    """The frozen UNet in its working precision, with the schedule the configuration asks for.
+
+    Its text K/V are in the precision of the arithmetic, for ``new_adapter`` to copy.
+    """
     model = config.model
     loaded = load_unet(
         model.unet, dtype=DTYPES[config.optimiser.precision], head_width=model.head_width
     )
+    if model.unet_dtype == "fp8":
+        narrow(loaded.unet)  # before it takes the device's memory
     loaded.unet.to(device)
     if config.optimiser.checkpointing:
         loaded.unet.enable_gradient_checkpointing()  # diffusers' default is non-reentrant
@@ -343,6 +349,8 @@ class _Trainer:
         self.caches = Caches.below(config)
         self.loaded = prepare_unet(config, processes.device)
         self.adapter = new_adapter(config, checked.recorded, self.loaded.unet).to(processes.device)
+        if config.model.unet_dtype == "fp8":
+            narrow(self.loaded.unet, text=True)  # nobody copies them any more
         self.average = copy.deepcopy(self.adapter) if options.ema else None
         self.parameters = list(self.adapter.parameters())
         self.optimiser = build_optimiser(options, self.parameters, processes.device)

@@ -10,8 +10,8 @@ import torch
 from ..errors import MemoryFullError
 
 LESS_MEMORY = (
-    "set optimiser.checkpointing, a smaller optimiser.batch with more accumulation, or "
-    "optimiser.kind = 'adafactor' or 'adamw8bit'"
+    "set optimiser.checkpointing, a smaller optimiser.batch with more accumulation, "
+    "model.unet_dtype = 'fp8', or optimiser.kind = 'adafactor' or 'adamw8bit'"
 )
 """What makes a training smaller; the dry run says the same."""
 LESS_IN_CACHES = "set fewer data.crops_per_photo, or a smaller data.resolution"

@@ -44,6 +44,7 @@ _FIXED = {
     "adapter": {"face_tokens"},
     "optimiser": {"kind"},
 }
+_STORAGE = {("model", "unet_dtype")}  # how the same frozen weights are stored
 _FIXED_FINGERPRINTS = {"unet", "vae", "clip", "text"}
 
 
@@ -113,7 +114,7 @@ def _words(difference: tuple[str, str, Any, Any]) -> str:
 
 def _is_fixed(section: str, key: str) -> bool:
     keys = _FIXED.get(section, set())
-    return keys is None or key in keys
+    return (keys is None or key in keys) and (section, key) not in _STORAGE
 
 
 def _default(section: str, key: str) -> Any:
