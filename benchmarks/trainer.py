@@ -320,7 +320,8 @@ def run_count(_values: argparse.Namespace) -> dict[str, float]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from infinite_id_core.hosts.diffusers_unet import unet_layers
-    from infinite_id_core.method.adapter import Adapter, AdapterConfig
+    from infinite_id_core.method.adapter import infinite_id_adapter
+    from infinite_id_core.method.records import AdapterConfig
     from trainer.models.text import TOKENS
     from trainer.train.estimate import measure_pass
 
@@ -336,7 +337,9 @@ def run_count(_values: argparse.Namespace) -> dict[str, float]:
         texts = CLIPTextModel(small), CLIPTextModelWithProjection(large)
         config = AdapterConfig(clip_width=1280, context_width=2048, recogniser="any",
                                clip_model="any")  # fmt: skip
-        adapter = Adapter(config, {layer.path: layer.width for layer in unet_layers(unet)})
+        adapter = infinite_id_adapter(
+            config, {layer.path: layer.width for layer in unet_layers(unet)}
+        )
         unet.requires_grad_(False)
         tokens = torch.zeros(1, TOKENS, dtype=torch.long)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

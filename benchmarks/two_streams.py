@@ -80,19 +80,21 @@ def adapter_and_identity(model: Any, device: Any, dtype: Any) -> tuple[Any, Any]
     import torch
 
     from infinite_id_core.hosts.comfyui import LoadedAdapter, model_layers
-    from infinite_id_core.method.adapter import Adapter, AdapterConfig
-    from infinite_id_core.method.identity import Identity, IdentityConfig
+    from infinite_id_core.method.adapter import infinite_id_adapter
+    from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+    from infinite_id_core.method.records import AdapterConfig
 
     config = AdapterConfig(
         clip_width=CLIP_WIDTH, context_width=2048, recogniser="bench", clip_model="bench"
     )
     widths = {layer.path: layer.width for layer in model_layers(model)}
     with torch.device(device):
-        adapter = Adapter(config, widths, comfy.ops.manual_cast).to(dtype).requires_grad_(False)
+        adapter = infinite_id_adapter(config, widths, comfy.ops.manual_cast)
+        adapter.to(dtype).requires_grad_(False)
     if device.type != "meta":
         for parameter in adapter.parameters():
             parameter.data.normal_(0, 0.02)
-    identity = Identity(
+    identity = face_clip_identity(
         face=torch.randn(1, 512),
         clip=torch.randn(1, 257, CLIP_WIDTH),
         weight=torch.ones(1),

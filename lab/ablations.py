@@ -197,9 +197,7 @@ class Studio:
         for photo in photos_of(person, row.references, row.side):
             found = find_faces(face_models(), torch.from_numpy(photo).float() / 255)
             faces += found.chosen[:1]
-        config = adapter.config
-        options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
-        return encode_faces(faces, image_encoder(), options)
+        return encode_faces(faces, image_encoder(), EncodeOptions.of_needs(adapter.needs))
 
     @torch.no_grad()
     def pictures(self, person: int, row: Row) -> NDArray[np.uint8]:

@@ -14,9 +14,8 @@ from ..infinite_id_core.method.attention import (
     TEXT_STREAM,
     StreamOptions,
 )
-from .identity import IdentityType
 from .inputs import checked
-from .models import Adapter
+from .models import Adapter, IdentityType
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

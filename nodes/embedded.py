@@ -33,15 +33,16 @@ def adapter() -> LoadedAdapter:
     """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
     import comfy.ops
 
-    from ..infinite_id_core.files.checkpoint import build_adapter
+    from ..infinite_id_core.files.infinite_id_format import build_adapter
     from ..infinite_id_core.hosts.comfyui import LoadedAdapter, load_adapter, model_layers
-    from ..infinite_id_core.method.adapter import Adapter, AdapterConfig
+    from ..infinite_id_core.method.adapter import infinite_id_adapter
+    from ..infinite_id_core.method.records import AdapterConfig
 
     if files.ADAPTER.is_file():
         return load_adapter(files.ADAPTER)
     config = AdapterConfig(**random_weights.adapter_config())
     widths = {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())}
     with torch.device("meta"):
-        shapes = Adapter(config, widths).state_dict()
+        shapes = infinite_id_adapter(config, widths).state_dict()
     tensors = random_weights.seeded_state_dict(shapes, seed=0)
     return LoadedAdapter(build_adapter(config, tensors, comfy.ops.manual_cast))

@@ -1,4 +1,4 @@
-"""Identities: encode, mix, save, load."""
+"""Identities: encode, mix, save."""
 
 from __future__ import annotations
 
@@ -14,23 +14,15 @@ from ..infinite_id_core.encoders.encode import (
 )
 from ..infinite_id_core.errors import OptionError, shown
 from ..infinite_id_core.faces.align import AlignedFace
-from ..infinite_id_core.files.checkpoint import read_identity
 from ..infinite_id_core.files.store import IF_EXISTS, IfExists, save_identity
-from ..infinite_id_core.method.identity import (
-    CLIP_LAYER,
-    EMBEDDING,
-    ClipLayer,
-    Embedding,
-    Identity,
-    interpolate,
-    stack,
-)
+from ..infinite_id_core.method.face_clip import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
+from ..infinite_id_core.method.identity import Identity, interpolate, stack
 from . import folders
 from .face import Faces
 from .inputs import checked
+from .models import IdentityType
 
 MIX = ("stack", "interpolate")
-IdentityType = io.Custom("IDENTITY")
 
 
 class InfiniteIDEncode(io.ComfyNode):
@@ -192,44 +184,8 @@ class InfiniteIDSaveIdentity(io.ComfyNode):
         return io.NodeOutput(path.name, ui=ui.PreviewText(f"Saved {path.name}"))
 
 
-class InfiniteIDLoadIdentity(io.ComfyNode):
-    """Reads an identity file."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="InfiniteIDLoadIdentity",
-            display_name="Infinite-ID Load Identity",
-            category="Infinite-ID",
-            description="Loads a saved identity from models/infinite_id_identities; no photo, no "
-            "face models and no image encoder are needed.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=folders.identity_files(),
-                    tooltip="A file written by Infinite-ID Save Identity.",
-                )
-            ],
-            outputs=[IdentityType.Output(display_name="identity", tooltip="Who the person is.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, file: str | None = None) -> bool | str:
-        return folders.check(file, folders.identity_path)
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str | None = None) -> str | float:
-        return folders.mark(file, folders.identity_path)
-
-    @classmethod
-    @checked
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(read_identity(folders.identity_path(file)))
-
-
 NODES: list[type[io.ComfyNode]] = [
     InfiniteIDEncode,
     InfiniteIDMix,
     InfiniteIDSaveIdentity,
-    InfiniteIDLoadIdentity,
 ]

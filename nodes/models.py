@@ -1,4 +1,4 @@
-"""Every loader of models: face models, open_clip's image encoder, the adapter."""
+"""Every loader: face models, open_clip's image encoder, the adapter, a saved identity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..infinite_id_core.encoders.open_clip import load_open_clip, open_clip_models
 from ..infinite_id_core.errors import OptionError, shown
 from ..infinite_id_core.faces.pack import DETECTOR_SIZE, PROVIDERS, Provider, load_face_models
+from ..infinite_id_core.files.identities import read_identity
 from . import embedded, folders
 from .embedded import EMBEDDED
 from .inputs import checked
@@ -19,6 +20,7 @@ NO_FILE = "none (embedded)"
 # The type name of the InstantID and PuLID packs: their loaders fit our nodes, and ours theirs.
 FaceAnalysis = io.Custom("FACEANALYSIS")
 Adapter = io.Custom("INFINITE_ID_ADAPTER")
+IdentityType = io.Custom("IDENTITY")
 
 
 class InfiniteIDFaceModelLoader(io.ComfyNode):
@@ -192,8 +194,44 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
         return io.NodeOutput(load_adapter(folders.adapter_path(file)))
 
 
+class InfiniteIDLoadIdentity(io.ComfyNode):
+    """Reads an identity file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfiniteIDLoadIdentity",
+            display_name="Infinite-ID Load Identity",
+            category="Infinite-ID",
+            description="Loads a saved identity from models/infinite_id_identities; no photo, no "
+            "face models and no image encoder are needed.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folders.identity_files(),
+                    tooltip="A file written by Infinite-ID Save Identity.",
+                )
+            ],
+            outputs=[IdentityType.Output(display_name="identity", tooltip="Who the person is.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        return folders.check(file, folders.identity_path)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> str | float:
+        return folders.mark(file, folders.identity_path)
+
+    @classmethod
+    @checked
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(read_identity(folders.identity_path(file)))
+
+
 NODES: list[type[io.ComfyNode]] = [
     InfiniteIDFaceModelLoader,
     InfiniteIDOpenClipLoader,
     InfiniteIDAdapterLoader,
+    InfiniteIDLoadIdentity,
 ]

@@ -9,9 +9,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..infinite_id_core.scores.score import PackReader, score_batch
-from .identity import IdentityType
 from .inputs import checked
-from .models import FaceAnalysis
+from .models import FaceAnalysis, IdentityType
 
 
 class InfiniteIDScore(io.ComfyNode):

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.align import DEFAULT_PADDING
 from infinite_id_core.method.attention import MIXING, STYLE, Mixing, StreamOptions, Style
-from infinite_id_core.method.identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
+from infinite_id_core.method.face_clip import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
 from infinite_id_core.sdxl.schedule import SCHEDULER, TIMESTEPS, Scheduler
 
 from .data_index import Filters

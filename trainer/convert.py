@@ -24,20 +24,16 @@ from infinite_id_core.errors import (
     NotWrittenError,
     OptionError,
 )
+from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.atomic import replacing
-from infinite_id_core.files.checkpoint import (
-    ADAPTER_FORMAT,
-    IDENTITY_FORMAT,
-    VERSION,
-    read_adapter,
-    read_identity,
-)
+from infinite_id_core.files.identities import IDENTITY_FORMAT, IDENTITY_VERSION, read_identity
+from infinite_id_core.files.infinite_id_format import ADAPTER_FORMAT, ADAPTER_VERSION
 from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import json_object, save_tensors
 from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import writing
-from infinite_id_core.method.adapter import AdapterConfig
-from infinite_id_core.method.identity import IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig
+from infinite_id_core.method.records import AdapterConfig
 
 Kind = Literal["adapter", "identity", "ip-adapter", "model"]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "identity")
@@ -52,6 +48,10 @@ _MODELS = (  # a checkpoint's parts, or one of them alone
 _TRAINING = ("model_ema.", "optimizer.", "optimizer_states.", "loss.")
 _MAX_TENSORS = 100_000
 _CONFIGS = {"adapter": AdapterConfig, "identity": IdentityConfig}
+_FORMATS = {
+    "adapter": (ADAPTER_FORMAT, ADAPTER_VERSION),
+    "identity": (IDENTITY_FORMAT, IDENTITY_VERSION),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +254,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 def _metadata(found: Converted) -> dict[str, str]:
     if found.kind not in _CONFIGS:
         return {"format": "pt"}
+    format_name, version = _FORMATS[found.kind]
     return {
-        "format": ADAPTER_FORMAT if found.kind == "adapter" else IDENTITY_FORMAT,
-        "version": str(VERSION),
+        "format": format_name,
+        "version": str(version),
         "config": json.dumps(found.config, sort_keys=True),
     }

@@ -23,7 +23,9 @@ from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.faces.pack import load_face_models
-from infinite_id_core.files.checkpoint import read_adapter, read_identity, replacing
+from infinite_id_core.files.adapters import read_adapter
+from infinite_id_core.files.atomic import replacing
+from infinite_id_core.files.identities import read_identity
 from infinite_id_core.hosts.diffusers_unet import (
     AppliedIdentity,
     Prompt,
@@ -31,9 +33,11 @@ from infinite_id_core.hosts.diffusers_unet import (
     sample,
     unet_layers,
 )
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
 from infinite_id_core.method.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
+from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity
+from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.schedule import SCHEDULER
 
 from .config import Encoder
@@ -142,7 +146,7 @@ def _random_adapter() -> Adapter:
     """What the nodes take where the embedded file is absent: the same seeded random numbers."""
     from microworld import random_weights
 
-    adapter = Adapter(
+    adapter = infinite_id_adapter(
         AdapterConfig(**random_weights.adapter_config()),
         {layer.path: layer.width for layer in unet_layers(load_unet(MICROWORLD).unet)},
     )
@@ -155,7 +159,6 @@ def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: st
 
     Raises ``NoFaceError``, ``ReferencePhotoError``, and what loading the encoders raises.
     """
-    config = adapter.config
     try:
         pixels = read_pixels(photo).astype(np.float32) / 255.0
     except PhotoError as error:
@@ -165,8 +168,8 @@ def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: st
     folder = Path(face_models) if face_models else _embedded_faces()
     app = load_face_models(folder.name, [folder.parent.parent])
     found = find_faces(app, torch.from_numpy(pixels), FaceOptions())
-    encoder = Encoder(clip_model=config.clip_model, clip_weights=clip_weights)
-    options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
+    options = EncodeOptions.of_needs(adapter.needs)
+    encoder = Encoder(clip_model=adapter.needs[CLIP].model, clip_weights=clip_weights)
     return encode_faces(found.chosen, load_image_encoder(encoder), options)
 
 

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from infinite_id_core.errors import FileError, UnknownFileError
-from infinite_id_core.files.checkpoint import (
-    ADAPTER_FORMAT,
-    IDENTITY_FORMAT,
-    read_adapter,
-    read_identity,
-)
+from infinite_id_core.files.adapters import read_adapter
+from infinite_id_core.files.identities import IDENTITY_FORMAT, read_identity
+from infinite_id_core.files.infinite_id_format import ADAPTER_FORMAT
 from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import (
     PICKLES,
@@ -28,6 +25,7 @@ from infinite_id_core.files.safetensors_file import (
 )
 from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import open_regular, reading
+from infinite_id_core.method.features import NORMED, Feature
 
 from .findings import Findings, as_text, in_short
 from .train.state import STATE
@@ -208,14 +206,24 @@ def _identity(path: Path, header: Header) -> Findings:
     findings = Findings(kind="identity", facts={**_facts(header)})
     identity = _read_back(findings, read_identity, path)
     if identity is not None:
-        lengths = identity.face.norm(dim=1)
         findings.facts["references"] = identity.references
-        findings.facts["image encoder width"] = identity.clip_width
         findings.facts["weights"] = [round(w, 4) for w in identity.weight.tolist()]
-        findings.facts["lengths of the face embeddings"] = [round(v, 4) for v in lengths.tolist()]
-        if identity.config.embedding == "normed" and bool(((lengths - 1).abs() > 1e-2).any()):
-            findings.problems.append("its config says normed, and its embeddings are not.")
+        for name, feature in identity.features.items():
+            _feature(findings, name, feature)
     return findings
+
+
+def _feature(findings: Findings, name: str, feature: Feature) -> None:
+    """What one feature of an identity is."""
+    read = feature.reading
+    findings.facts[name] = f"{read.output} of {read.model}, {list(read.shape)}"
+    if read.is_embedding:
+        lengths = feature.value.float().norm(dim=1)
+        findings.facts[f"lengths of the {name} embeddings"] = [
+            round(v, 4) for v in lengths.tolist()
+        ]
+        if read.output == NORMED and bool(((lengths - 1).abs() > 1e-2).any()):
+            findings.problems.append(f"its config says normed, and its {name} embeddings are not.")
 
 
 def _read_back(findings: Findings, read: Any, path: Path) -> Any:

@@ -34,7 +34,7 @@ from PIL import Image
 from infinite_id_core.errors import FileMissingError
 from infinite_id_core.files.pictures import read_picture, to_rgb
 from infinite_id_core.files.system import open_regular, reading
-from infinite_id_core.method.identity import FACE_WIDTH
+from infinite_id_core.method.face_clip import FACE_WIDTH
 
 from .errors import DatasetError, ShardDamagedError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import EncoderError
-from ..method.identity import CLIP_TOKENS, ClipLayer
+from ..method.face_clip import CLIP_TOKENS, ClipLayer
 
 # CLIP's preprocessing, the same in open_clip, transformers and ComfyUI.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,7 +23,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SIZE = 224  # pixels
 
 _BATCH = 16  # crops encoded at a time: bounds memory for a hundred faces
-_NAMES = {1664: "ViT-bigG-14", 1280: "ViT-H-14", 1024: "ViT-L-14"}
 
 
 class ClipVision(Protocol):
@@ -113,14 +112,3 @@ def _states(output: Any, layer: ClipLayer, count: int) -> Tensor:
             "too small for it (start ComfyUI with --fp32-text-enc)."
         )
     return states
-
-
-def encoder_name(clip_vision: ClipVision, width: int) -> str:
-    """The encoder's name for the record: its own, or the one its width stands for.
-
-    open_clip's ``-quickgelu`` variants are the same networks under another activation's name.
-    """
-    own = getattr(clip_vision, "clip_model", None)
-    if isinstance(own, str) and own:
-        return own.removesuffix("-quickgelu")
-    return _NAMES.get(width, f"vit-{width}")

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..errors import OptionError, shown
+from ..errors import EncoderError, OptionError, shown
 from ..faces.align import AlignedFace
-from ..method.identity import (
+from ..method.face_clip import (
+    CLIP,
     CLIP_LAYER,
     EMBEDDING,
+    FACE,
     ClipLayer,
     Embedding,
-    Identity,
     IdentityConfig,
-    average,
-    check_match,
+    face_clip_identity,
 )
-from .clip_vision import ClipVision, encoder_name, hidden_states
+from ..method.features import Reading
+from ..method.identity import Identity, average, check_match
+from .clip_vision import ClipVision, hidden_states
+from .named import encoder_name
 
 Combine = Literal["stack", "average"]
 COMBINE: tuple[Combine, ...] = get_args(Combine)
@@ -48,6 +51,18 @@ class EncodeOptions:
                     f"{name} must be one of {', '.join(allowed)}; got {shown(value)}."
                 )
 
+    @classmethod
+    def of_needs(cls, needs: Mapping[str, Reading]) -> EncodeOptions:
+        """What an adapter reads. Raises ``EncoderError`` where that is more than face and clip."""
+        others = sorted(needs.keys() - {FACE, CLIP})
+        if others:
+            raise EncoderError(
+                f"This adapter reads {', '.join(others)}, and only face and clip can be encoded "
+                "here. Give it an identity file that has them."
+            )
+        outputs: dict[str, Any] = {name: reading.output for name, reading in needs.items()}
+        return cls(clip_layer=outputs.get(CLIP, "last"), embedding=outputs.get(FACE, "normed"))
+
 
 def encode_faces(
     faces: Sequence[AlignedFace], clip_vision: ClipVision, options: EncodeOptions | None = None
@@ -63,7 +78,7 @@ def encode_faces(
     _check_recognisers(faces)
     weights = _weights(options, len(faces))
     clip = hidden_states(clip_vision, [face.crop for face in faces], options.clip_layer)
-    identity = Identity(
+    identity = face_clip_identity(
         face=torch.stack([face_embedding(face, options.embedding) for face in faces]),
         clip=clip,
         weight=torch.tensor(weights, dtype=torch.float32),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import EncoderError, MissingTensorError, UnexpectedTensorError, shown
 from ..files.safetensors_file import Header, open_safetensors, read_header
-from ..method.identity import CLIP_TOKENS
+from ..method.face_clip import CLIP_TOKENS
 from ..packages import require
 from .clip_files import check_floats, read_floats, stored_shapes
 from .clip_names import Source, image_side, same_names, unknown_to_image_side

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FaceError, FaceModelError
-from ..method.identity import FACE_WIDTH
+from ..method.face_clip import FACE_WIDTH
 from .detect import DetectedFace
 from .pack import recogniser_name, recogniser_of
 from .pixels import Array, from_reduced, opencv, reduced, reduction, to_bgr

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..errors import NameTakenError, OptionError, shown
+from ..errors import NameNotAllowedError, NameTakenError, OptionError, shown
 from ..method.identity import Identity
-from .checkpoint import identity_path, write_identity
+from .identities import write_identity
 
 IfExists = Literal["keep both", "overwrite", "error"]
 IF_EXISTS: tuple[IfExists, ...] = get_args(IfExists)
@@ -45,8 +47,28 @@ def save_identity(
     raise AssertionError("unreachable: the numbers do not end")
 
 
+def identity_path(folder: str | Path, name: str) -> Path:
+    """The file of an identity by its name; the name never leaves ``folder``.
+
+    Allowed: letters and digits of any script, spaces and ``-_.()+``, starting with a letter or
+    digit, at most 100 characters and 200 bytes (file systems end at 255), not a name Windows
+    reserves. Raises ``NameNotAllowedError``.
+    """
+    stem = unicodedata.normalize("NFC", name.strip().removesuffix(".safetensors"))
+    # Letters of many scripts carry marks (category M), which \w leaves out.
+    plain = all(c in " -_.()+" or unicodedata.category(c)[0] in "LMN" for c in stem)
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)[\d¹²³])\s*(\..*)?", stem)
+    fits = len(stem) <= 100 and len(stem.encode("utf-8", "replace")) <= 200
+    if not (plain and fits and stem[:1].isalnum() and stem[-1] not in ". ") or reserved:
+        raise NameNotAllowedError(
+            "Expected a plain name such as 'anna' (at most 100 letters, digits, spaces, - _ . ( ) "
+            f"+), got {shown(name)}. Folders are not part of the name."
+        )
+    return Path(folder) / f"{stem}.safetensors"
+
+
 def _named(identity: Identity, path: Path) -> Identity:
-    return replace(identity, config=replace(identity.config, name=path.stem))
+    return replace(identity, name=path.stem)
 
 
 def _names(path: Path) -> Iterator[Path]:

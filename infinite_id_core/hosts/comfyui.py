@@ -31,7 +31,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..errors import AdapterNotCarriedError, NotSDXLError, StreamConflictError
-from ..files.checkpoint import build_adapter, read_adapter_tensors
+from ..files.adapters import read_adapter
 from ..method.adapter import Adapter, check_identity, check_layers
 from ..method.attention import StreamOptions
 from ..method.identity import Identity
@@ -134,13 +134,12 @@ def _copied(adapter: Adapter) -> Adapter:
     """Another module with the same weights; where these are not in use, the two share them."""
     rest = comfy.model_management.unet_offload_device()
     tensors = {name: tensor.to(rest) for name, tensor in adapter.state_dict().items()}
-    return build_adapter(adapter.config, tensors, comfy.ops.manual_cast)
+    return adapter.rebuilt(tensors, comfy.ops.manual_cast)
 
 
 def load_adapter(path: str | Path) -> LoadedAdapter:
     """Read an adapter file for ComfyUI. Raises a subclass of ``FileError``."""
-    config, tensors = read_adapter_tensors(path)
-    return LoadedAdapter(build_adapter(config, tensors, comfy.ops.manual_cast))
+    return LoadedAdapter(read_adapter(path, comfy.ops.manual_cast))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -351,9 +350,9 @@ def apply_identity(
     """
     options = options or StreamOptions()
     layers = model_layers(model)
-    config = adapter.adapter.config
-    check_layers(adapter.adapter.widths, config.context_width, layers)
-    check_identity(config, identity)
+    context_width = adapter.adapter.config.context_width
+    check_layers(adapter.adapter.widths, context_width, layers)
+    check_identity(adapter.adapter, identity)
     new = AppliedIdentity(
         adapter=adapter,
         identity=identity,

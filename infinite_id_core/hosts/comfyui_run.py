@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import PatchConflictError
-from ..method.adapter import Adapter, finite_tokens
+from ..method.adapter import Adapter
 from ..method.attention import IdentityTerm, Kernel, merged_cross_attention, mixed_attention
-from ..method.identity import null_features
 from ..method.streams import (
     Size,
     identity_half,
@@ -591,9 +590,8 @@ class Run:
         key = (adapter, index, null, device)
         if key not in self._tokens:
             identity = self.streams.applied[index].identity
-            face, clip = null_features(identity) if null else (identity.face, identity.clip)
-            to_device = partial(torch.Tensor.to, device=device, dtype=torch.float32)
-            self._tokens[key] = finite_tokens(adapter, to_device(face), to_device(clip))
+            tokens = adapter.null_tokens if null else adapter.tokens
+            self._tokens[key] = tokens(identity, device=device, dtype=torch.float32)
         return self._tokens[key]
 
     def mask(self, index: int, call: Call, chunk: int, q: Tensor, extra: Options) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import OptionError
-from ..method.adapter import Adapter, KeyValue, check_identity, check_layers, finite_tokens
+from ..method.adapter import Adapter, KeyValue, check_identity, check_layers
 from ..method.attention import (
     IdentityTerm,
     Kernel,
@@ -31,7 +31,6 @@ from ..method.attention import (
     identity_attention,
     merged_cross_attention,
 )
-from ..method.identity import null_features
 from ..method.streams import (
     IdentityPlacement,
     identity_half,
@@ -227,7 +226,7 @@ class AppliedIdentity(IdentityPlacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_identity(self.adapter.config, self.identity)
+        check_identity(self.adapter, self.identity)
 
 
 def default_size_ids(noise: Tensor) -> tuple[int, ...]:
@@ -450,9 +449,8 @@ class _Run:
         """c_id ``[1, M, C]`` (Eq. 4)."""
         if (index, null) not in self.tokens:
             adapter, identity = self.applied[index].adapter, self.applied[index].identity
-            face, clip = null_features(identity) if null else (identity.face, identity.clip)
-            weight = adapter.face_mapper.proj_in.weight
-            self.tokens[index, null] = finite_tokens(adapter, face.to(weight), clip.to(weight))
+            tokens = adapter.null_tokens if null else adapter.tokens
+            self.tokens[index, null] = tokens(identity)
         return self.tokens[index, null]
 
     def _mask(self, index: int, q: Tensor) -> Tensor | None:

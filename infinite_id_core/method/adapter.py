@@ -1,87 +1,24 @@
-"""The trainable part: two mappers and a K/V pair per cross-attention layer (Eq. 4, 6)."""
+"""An adapter: a projector, and a K/V pair for every cross-attention layer (Eq. 4, 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
-from ..errors import FeatureError, ModelMismatchError, OptionError
+from ..errors import FeatureError, ModelMismatchError
 from ..sdxl.layers import CrossAttentionLayer
-from .identity import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding, Identity, check_match
-from .identity import identity_record as _identity_record
+from .features import Reading, check_readings
+from .identity import Identity
+from .projectors import Mappers, Projector
+from .records import AdapterConfig, AdapterRecord
 
-FACE_HIDDEN = 1024
-MAX_WIDTH = 2**14  # far above any encoder's; what a file claims is checked before it is read
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Everything recorded with an adapter. Raises ``OptionError`` for impossible values."""
-
-    clip_width: int
-    """D: hidden width of the image encoder (1280 ViT-H, 1664 ViT-bigG)."""
-    context_width: int
-    """C: width of the UNet's text context (2048 for SDXL)."""
-    recogniser: str
-    """Face recogniser it was trained with, e.g. ``buffalo_l/w600k_r50``."""
-    clip_model: str
-    """Image encoder it was trained with, e.g. ``ViT-H-14``."""
-    clip_layer: ClipLayer = "last"
-    embedding: Embedding = "normed"
-    face_width: int = 512
-    face_tokens: int = 4
-    """T: tokens the face embedding becomes."""
-    base_model: str = ""
-    """The SDXL it was trained on."""
-    training_step: int = 0
-    dataset_fingerprint: str = ""
-    licence_note: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("clip_width", "context_width", "face_width", "face_tokens"):
-            if not 1 <= getattr(self, name) <= MAX_WIDTH:
-                raise OptionError(
-                    f"{name} must lie in [1, {MAX_WIDTH}], got {getattr(self, name)}."
-                )
-        if self.training_step < 0:
-            raise OptionError(f"training_step must not be negative, got {self.training_step}.")
-        if self.embedding not in EMBEDDING or self.clip_layer not in CLIP_LAYER:
-            raise OptionError(
-                f"embedding must be one of {EMBEDDING} and clip_layer one of {CLIP_LAYER}; got "
-                f"{self.embedding!r} and {self.clip_layer!r}."
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the file's metadata."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """Inverse of ``to_json``. Raises ``OptionError`` naming what is wrong."""
-        return cast(AdapterConfig, dataclass_from_json(cls, values))
-
-
-class Mapper(nn.Module):
-    """Linear, GELU, Linear, LayerNorm; the output is cut into ``tokens`` tokens of width C."""
-
-    def __init__(
-        self, width: int, hidden: int, tokens: int, context_width: int, operations: Any = nn
-    ) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.proj_in = operations.Linear(width, hidden)
-        self.proj_out = operations.Linear(hidden, tokens * context_width)
-        self.norm = operations.LayerNorm(context_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[n, ..., width]`` -> ``[n, M, C]``: M tokens in, or one vector made into ``tokens``."""
-        x = self.proj_out(gelu(self.proj_in(x)))
-        return cast(Tensor, self.norm(x.view(x.shape[0], -1, x.shape[-1] // self.tokens)))
+MakeProjector = Callable[[Any], Projector]
+"""Makes a projector out of ``operations``."""
 
 
 class KeyValue(nn.Module):
@@ -98,27 +35,48 @@ class KeyValue(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Mappers and K/V pairs; its ``state_dict`` is exactly the adapter file's tensors.
+    """A projector's parts and K/V pairs; its ``state_dict`` has the names of the adapter's file.
 
     ``operations`` supplies ``Linear`` and ``LayerNorm`` (a host hands in classes that cast and
     offload its way; the default is ``torch.nn``).
     """
 
     def __init__(
-        self, config: AdapterConfig, widths: Mapping[str, int], operations: Any = nn
+        self,
+        config: AdapterRecord,
+        make_projector: MakeProjector,
+        widths: Mapping[str, int],
+        operations: Any = nn,
     ) -> None:
         """``widths``: K/V width by canonical layer path (see ``layers.py``)."""
         super().__init__()
         self.config = config
-        c = config.context_width
-        self.clip_mapper = Mapper(config.clip_width, config.clip_width, 1, c, operations)
-        self.face_mapper = Mapper(config.face_width, FACE_HIDDEN, config.face_tokens, c, operations)
+        self.make_projector = make_projector
+        projector = make_projector(operations)
+        # In a tuple: not registered. Its parts are, so that no name grows a prefix.
+        self._projector = (projector,)
+        parts = dict(projector.named_children())
+        assert "layers" not in parts and not list(projector.parameters(recurse=False)), (
+            "a projector's weights lie in child modules of other names than 'layers'"
+        )
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.layers = nn.Module()
         self._by_path: dict[str, KeyValue] = {}
         for path, width in widths.items():
-            pair = KeyValue(c, width, operations)
+            pair = KeyValue(config.context_width, width, operations)
             _nest(self.layers, path, pair)
             self._by_path[path] = pair
+
+    @property
+    def projector(self) -> Projector:
+        """What turns features into tokens."""
+        return self._projector[0]
+
+    @property
+    def needs(self) -> Mapping[str, Reading]:
+        """The features it reads of an identity, by name."""
+        return self.projector.needs
 
     @property
     def widths(self) -> dict[str, int]:
@@ -130,18 +88,57 @@ class Adapter(nn.Module):
         """The K/V pair of one layer."""
         return self._by_path[path]
 
-    def tokens(self, face: Tensor, clip: Tensor) -> Tensor:
-        """c_id of Eq. 4 for n references side by side.
+    def tokens(
+        self,
+        identity: Identity,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """c_id of Eq. 4, all references side by side: ``[1, n * M, C]``.
 
-        ``face [n, 512]``, ``clip [n, 257, D]`` -> ``[1, n * (257 + T), C]``.
+        Computed where and in what the projector's weights are, or as ``device`` and ``dtype`` say.
+        Raises ``IdentityMismatchError``, and ``FeatureError`` where it is not finite.
         """
-        per_reference = torch.cat([self.clip_mapper(clip), self.face_mapper(face)], dim=1)
-        return per_reference.reshape(1, -1, self.config.context_width)
+        read = {name: identity[name].read_as(wanted) for name, wanted in self.needs.items()}
+        return self._projected({n: feature.value for n, feature in read.items()}, device, dtype)
+
+    def null_tokens(
+        self,
+        identity: Identity,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """c_id of nobody, for guidance: ``[1, M, C]``. Else as ``tokens``.
+
+        One reference is enough: attention over copies of the same tokens equals attention over
+        one.
+        """
+        read = {name: identity[name].read_as(wanted) for name, wanted in self.needs.items()}
+        nobody = {n: feature.null_value() for n, feature in read.items()}
+        return self._projected(nobody, device, dtype)
 
     def token_weight(self, identity: Identity) -> Tensor:
-        """Weight of each token of ``tokens``: ``[n * (257 + T)]``, its reference's weight."""
-        count = identity.clip.shape[1] + self.config.face_tokens
-        return identity.weight.repeat_interleave(count)
+        """Weight of each token of ``tokens``, ``[n * M]``: its reference's."""
+        return identity.weight.repeat_interleave(self.projector.tokens_per_reference)
+
+    def _projected(
+        self,
+        features: Mapping[str, Tensor],
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        own = next(self.projector.parameters(), None)
+        if own is not None:
+            device, dtype = device or own.device, dtype or own.dtype
+        tokens: Tensor = self.projector(
+            {name: value.to(device=device, dtype=dtype) for name, value in features.items()}
+        )
+        assert tokens.shape[1] == self.projector.tokens_per_reference, "as the projector says"
+        if not bool(tokens.isfinite().all()):
+            raise FeatureError(_too_large(features))
+        return tokens.reshape(1, -1, tokens.shape[-1])
 
     def copy_text_projections(self, text: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Start each K/V pair as a copy of the frozen text K/V (3.2): ``{path: (k, v)}``."""
@@ -151,31 +148,50 @@ class Adapter(nn.Module):
                 pair.to_k.weight.copy_(k)
                 pair.to_v.weight.copy_(v)
 
-
-def finite_tokens(adapter: Adapter, face: Tensor, clip: Tensor) -> Tensor:
-    """``Adapter.tokens`` of an identity; raises ``FeatureError`` where they are not finite."""
-    tokens = adapter.tokens(face, clip)
-    if not bool(tokens.isfinite().all()):
-        raise FeatureError(
-            "The adapter's mappers made numbers that are not finite out of this identity: its "
-            f"largest face feature is {float(face.abs().max()):.3g}, its largest image feature "
-            f"{float(clip.abs().max()):.3g}; a few dozen is usual. Encode the person again, or "
-            "check the adapter with 'python -m trainer inspect'."
-        )
-    return tokens
+    def rebuilt(self, tensors: Mapping[str, Tensor], operations: Any = nn) -> Adapter:
+        """Another adapter of this kind, which holds ``tensors`` themselves."""
+        return assembled(self.config, self.make_projector, tensors, operations)
 
 
-def check_identity(adapter: AdapterConfig, identity: Identity) -> None:
-    """Raise ``IdentityMismatchError`` where identity and adapter come from other encoders."""
-    wanted = {
-        "recogniser": adapter.recogniser,
-        "embedding": adapter.embedding,
-        "clip_model": adapter.clip_model,
-        "clip_layer": adapter.clip_layer,
-        "clip_width": adapter.clip_width,
-        "face_width": adapter.face_width,
+def assembled(
+    config: AdapterRecord,
+    make_projector: MakeProjector,
+    tensors: Mapping[str, Tensor],
+    operations: Any = nn,
+) -> Adapter:
+    """An ``Adapter`` that holds ``tensors`` themselves (no copy), built without allocating.
+
+    ``tensors`` by the names of the adapter's ``state_dict``.
+    """
+    with torch.device("meta"):
+        # Frozen first: a tensor made in inference mode cannot become a trainable parameter.
+        adapter = Adapter(config, make_projector, _widths(tensors), operations)
+        adapter.requires_grad_(False)
+    adapter.load_state_dict(dict(tensors), assign=True)
+    return adapter.requires_grad_(False)
+
+
+def infinite_id_adapter(
+    config: AdapterConfig, widths: Mapping[str, int], operations: Any = nn
+) -> Adapter:
+    """The paper's adapter, as it is before training: two mappers and the K/V pairs."""
+    return Adapter(config, partial(Mappers, config), widths, operations)
+
+
+# --- what goes together ----------------------------------------------------------------------
+
+
+def check_identity(adapter: Adapter, identity: Identity) -> None:
+    """Raise ``IdentityMismatchError`` where identity and adapter come from other encoders.
+
+    A raw embedding fits an adapter that wants it normed.
+    """
+    found = {
+        name: feature.reading.towards(adapter.needs[name])
+        for name, feature in identity.features.items()
+        if name in adapter.needs
     }
-    check_match("the adapter", dict(wanted), "the identity", _identity_record(identity))
+    check_readings("the adapter", adapter.needs, "the identity", found)
 
 
 def check_layers(
@@ -203,23 +219,22 @@ def check_layers(
     )
 
 
-def dataclass_from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build a flat config dataclass from JSON values, checking names and types.
+def _too_large(features: Mapping[str, Tensor]) -> str:
+    largest = ", ".join(f"{name} {float(x.abs().max()):.3g}" for name, x in features.items())
+    return (
+        "The adapter's projector made numbers that are not finite out of this identity, whose "
+        f"features reach up to: {largest}; a few dozen is usual. Encode the person again, or check "
+        "the adapter with 'python -m trainer inspect'."
+    )
 
-    Raises ``OptionError`` naming what is missing, unknown or of the wrong type.
-    """
-    known = {f.name: f for f in fields(cls)}
-    required = {n for n, f in known.items() if f.default is f.default_factory}
-    missing, unknown = sorted(required - values.keys()), sorted(values.keys() - known.keys())
-    if missing or unknown:
-        raise OptionError(
-            f"configuration lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}"
-        )
-    for name, value in values.items():
-        wanted = int if known[name].type == "int" else str
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise OptionError(f"configuration entry {name!r} must be {wanted.__name__}: {value!r}")
-    return cls(**values)
+
+def _widths(tensors: Mapping[str, Any]) -> dict[str, int]:
+    widths = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"layers\.(.+)\.to_k\.weight", name)
+        if match:
+            widths[match[1]] = int(tensor.shape[0])
+    return widths
 
 
 def _nest(root: nn.Module, path: str, leaf: nn.Module) -> None:

@@ -2,85 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..errors import IdentityMismatchError, OptionError
+from ..errors import IdentityMismatchError, OptionError, shown
+from .features import NORMED, Feature, Reading, check_readings, refuse_differences
 
-Embedding = Literal["normed", "raw"]
-ClipLayer = Literal["last", "penultimate"]
-EMBEDDING: tuple[Embedding, ...] = get_args(Embedding)
-CLIP_LAYER: tuple[ClipLayer, ...] = get_args(ClipLayer)
-
-FACE_WIDTH = 512
-CLIP_TOKENS = 257
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityConfig:
-    """What made the features; must agree with the adapter's record."""
-
-    recogniser: str
-    """Name of the face recogniser, e.g. ``buffalo_l/w600k_r50``."""
-    embedding: Embedding = "normed"
-    """Whether the face embedding has unit length."""
-    clip_model: str
-    """Name of the image encoder, e.g. ``ViT-H-14``."""
-    clip_layer: ClipLayer = "last"
-    """Which hidden states: after the last block, or one before (no final norm in either)."""
-    name: str = ""
-    """A label for people; no meaning to the method."""
-
-    def __post_init__(self) -> None:
-        if self.embedding not in EMBEDDING or self.clip_layer not in CLIP_LAYER:
-            raise OptionError(
-                f"embedding must be one of {EMBEDDING} and clip_layer one of {CLIP_LAYER}; got "
-                f"{self.embedding!r} and {self.clip_layer!r}."
-            )
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Identity:
-    """Features of ``n`` references (Eq. 4, before the mappers)."""
+    """Features of ``n`` references (Eq. 4, before the projector). Raises ``OptionError``."""
 
-    face: Tensor
-    """E_face: ``[n, 512]`` float32."""
-    clip: Tensor
-    """E_clip hidden states: ``[n, 257, D]`` float16 or float32."""
+    features: Mapping[str, Feature]
+    """By name, of n references each; the paper's are ``face`` and ``clip`` (``face_clip.py``)."""
     weight: Tensor
     """``[n]`` float32, positive: how often each reference counts."""
-    config: IdentityConfig
+    name: str = ""
+    """A label for people; no meaning to the method."""
 
     def __post_init__(self) -> None:
-        n = self.face.shape[0] if self.face.ndim else 0
-        if (
-            n == 0
-            or self.face.shape != (n, FACE_WIDTH)
-            or self.clip.ndim != 3
-            or self.clip.shape[:2] != (n, CLIP_TOKENS)
-            or self.weight.shape != (n,)
-        ):
+        object.__setattr__(self, "features", dict(self.features))
+        check_names(self.features)
+        counts = {name: feature.references for name, feature in self.features.items()}
+        if set(counts.values()) != {self.weight.numel()} or self.weight.ndim != 1:
             raise OptionError(
-                f"An identity needs face [n, {FACE_WIDTH}], clip [n, {CLIP_TOKENS}, D] and weight "
-                f"[n] with n >= 1; got {list(self.face.shape)}, {list(self.clip.shape)} and "
-                f"{list(self.weight.shape)}."
+                "An identity needs as many references of each feature as weights [n]; got "
+                f"{counts} and weights {list(self.weight.shape)}."
             )
         check_weights(self.weight)
+
+    def __getitem__(self, name: str) -> Feature:
+        """A feature by its name. Raises ``IdentityMismatchError`` where it has none of it."""
+        if name not in self.features:
+            raise IdentityMismatchError(
+                f"This identity has no {name!r}, only {', '.join(sorted(self.features))}. Make it "
+                "again with the encoders that what you connect it to needs."
+            )
+        return self.features[name]
 
     @property
     def references(self) -> int:
         """Number of reference photos, n."""
-        return self.face.shape[0]
+        return self.weight.shape[0]
 
     @property
-    def clip_width(self) -> int:
-        """D, the image encoder's hidden width."""
-        return self.clip.shape[2]
+    def readings(self) -> dict[str, Reading]:
+        """How each feature was read."""
+        return {name: feature.reading for name, feature in self.features.items()}
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raise ``OptionError`` where there is no feature, or one of a name that files cannot have."""
+    wrong = [shown(name) for name in names if not _NAME.fullmatch(name)]
+    if wrong or not names:
+        raise OptionError(
+            "An identity needs features with names of at most 32 small letters, digits and _, "
+            f"starting with a letter; got {', '.join(wrong[:3]) or 'none'}."
+        )
 
 
 def check_weights(weight: Tensor) -> None:
@@ -92,39 +77,52 @@ def check_weights(weight: Tensor) -> None:
         )
 
 
+def select(identity: Identity, references: Sequence[int]) -> Identity:
+    """Some of the references, by number from 0. Raises ``OptionError`` where one is not there."""
+    if not references or not all(0 <= number < identity.references for number in references):
+        raise OptionError(
+            f"references must be numbers from 0 to {identity.references - 1}, got "
+            f"{list(references)}."
+        )
+    chosen = torch.tensor(references)
+    features = {
+        name: replace(feature, value=feature.value[chosen.to(feature.value.device)])
+        for name, feature in identity.features.items()
+    }
+    return replace(identity, features=features, weight=identity.weight[chosen])
+
+
 def stack(identities: Sequence[Identity], weights: Sequence[float] | None = None) -> Identity:
     """Identity mixing by stacking (A.3): all references side by side.
 
-    ``weights`` scales each identity's references. Raises ``IdentityMismatchError`` where the
-    encoders differ, ``OptionError`` for an empty list or weights that are not positive.
+    ``weights`` scales each identity's references; nobody (``null``) is the first identity's.
+    Raises ``IdentityMismatchError`` where the encoders differ, ``OptionError`` for an empty list
+    or weights that are not positive.
     """
     first = _same_encoders(identities)
     scale = [1.0] * len(identities) if weights is None else list(weights)
     if len(scale) != len(identities):
         raise OptionError(f"{len(identities)} identities need as many weights, got {len(scale)}.")
-    names = [i.config.name for i in identities if i.config.name]
+    features = {
+        name: replace(feature, value=torch.cat([i.features[name].value for i in identities]))
+        for name, feature in first.features.items()
+    }
     return Identity(
-        face=torch.cat([i.face for i in identities]),
-        clip=torch.cat([i.clip for i in identities]),
+        features=features,
         weight=torch.cat([i.weight * s for i, s in zip(identities, scale, strict=True)]),
-        config=replace(first.config, name=" + ".join(names)),
+        name=" + ".join(i.name for i in identities if i.name),
     )
 
 
 def average(identity: Identity) -> Identity:
     """The weighted mean of all references as one reference: ``n`` -> 1.
 
-    The face embedding is brought back to unit length where the config says ``normed``, and to
-    the references' mean length where ``raw``.
+    An embedding is brought back to unit length where its reading says ``normed``, and to the
+    references' mean length where ``raw``.
     """
     share = identity.weight / identity.weight.sum()
-    face = (identity.face * share.view(-1, 1)).sum(0, keepdim=True)
-    return Identity(
-        face=_rescale(face, identity.face, share, identity.config.embedding),
-        clip=(identity.clip.float() * share.view(-1, 1, 1)).sum(0, keepdim=True).to(identity.clip),
-        weight=torch.ones(1),
-        config=identity.config,
-    )
+    features = {name: _mean(feature, share) for name, feature in identity.features.items()}
+    return replace(identity, features=features, weight=torch.ones(1))
 
 
 def interpolate(a: Identity, b: Identity, ratio: float) -> Identity:
@@ -141,55 +139,31 @@ def interpolate(a: Identity, b: Identity, ratio: float) -> Identity:
     return average(stack([average(a), average(b)], [1.0 - ratio, ratio]))
 
 
-def null_features(identity: Identity) -> tuple[Tensor, Tensor]:
-    """The null identity for guidance: zeros before the mappers, ``[1, 512]`` and ``[1, 257, D]``.
-
-    One reference is enough: attention over copies of the same tokens equals attention over one.
-    """
-    return torch.zeros_like(identity.face[:1]), torch.zeros_like(identity.clip[:1])
+def check_match(
+    left_name: str, left: Mapping[str, object], right_name: str, right: Mapping[str, object]
+) -> None:
+    """Raise ``IdentityMismatchError`` naming both sides of every entry that differs."""
+    wrong = [(key, left[key], right.get(key)) for key in left if left[key] != right.get(key)]
+    refuse_differences(left_name, right_name, wrong)
 
 
 def _same_encoders(identities: Sequence[Identity]) -> Identity:
     if not identities:
         raise OptionError("At least one identity is needed, got none.")
-    first = identities[0]
-    for other in identities[1:]:
-        check_match("first identity", _record(first), "second identity", _record(other))
+    first, *others = identities
+    names = "first identity", "second identity"
+    for other in others:
+        check_readings(names[0], first.readings, names[1], other.readings)
+        check_readings(names[1], other.readings, names[0], first.readings)
     return first
 
 
-def _record(identity: Identity) -> dict[str, object]:
-    config = identity.config
-    return {
-        "recogniser": config.recogniser,
-        "embedding": config.embedding,
-        "clip_model": config.clip_model,
-        "clip_layer": config.clip_layer,
-        "clip_width": identity.clip_width,
-        "face_width": identity.face.shape[1],
-    }
-
-
-def check_match(
-    left_name: str, left: dict[str, object], right_name: str, right: dict[str, object]
-) -> None:
-    """Raise ``IdentityMismatchError`` naming both sides of every entry that differs."""
-    wrong = [key for key in left if left[key] != right.get(key)]
-    if wrong:
-        pairs = "; ".join(
-            f"{k}: {left_name} has {left[k]!r}, {right_name} has {right.get(k)!r}" for k in wrong
-        )
-        raise IdentityMismatchError(
-            f"These were made with different encoders. {pairs}. Use the same face model and image "
-            "encoder on both sides (make the identity again with the ones the adapter names)."
-        )
-
-
-def identity_record(identity: Identity) -> dict[str, object]:
-    """What an adapter must agree with: recogniser, embedding, encoder, layer and widths."""
-    return _record(identity)
-
-
-def _rescale(face: Tensor, references: Tensor, share: Tensor, embedding: Embedding) -> Tensor:
-    length = 1.0 if embedding == "normed" else float((references.norm(dim=1) * share).sum())
-    return normalize(face, dim=1) * length
+def _mean(feature: Feature, share: Tensor) -> Feature:
+    """The mean reference by ``share [n]``, computed in float32."""
+    value = feature.value.float()
+    mean = (value * share.view(-1, *[1] * (value.ndim - 1))).sum(0, keepdim=True)
+    if feature.reading.is_embedding:
+        normed = feature.reading.output == NORMED
+        length = 1.0 if normed else float((value.norm(dim=1) * share).sum())
+        mean = normalize(mean, dim=1) * length
+    return replace(feature, value=mean.to(feature.value))

@@ -22,6 +22,7 @@ from ..faces.detect import detect_faces
 from ..faces.find import no_face_message
 from ..faces.pack import recogniser_name
 from ..faces.pixels import check_batch, to_rgb
+from ..method.face_clip import FACE
 from ..method.identity import Identity, check_match
 from .metrics import Scores, clip_i, clip_t, cosine, zero_filled
 
@@ -158,13 +159,13 @@ def reference_of(
         )
     if identity is not None:
         check_match(
-            "the identity", {"recogniser": identity.config.recogniser},
+            "the identity", {"recogniser": identity[FACE].reading.model},
             "the face models", {"recogniser": reader.name},
         )  # fmt: skip
     faces = [] if photos is None else list(_read_photos(reader, photos))
     clip = image_embeddings(clip_vision, [f.crop for f in faces]) if clip_vision and faces else None
     if identity is not None:
-        return Reference(face=identity.face, weight=identity.weight, clip=clip)
+        return Reference(face=identity[FACE].value, weight=identity.weight, clip=clip)
     rows = torch.stack([face.embedding for face in faces])
     return Reference(face=rows, weight=torch.ones(len(faces)), clip=clip)
 

@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from infinite_id_core.errors import InfiniteIDError  # noqa: E402
-from infinite_id_core.files import checkpoint  # noqa: E402
+from infinite_id_core.files import adapters, identities  # noqa: E402
 from trainer import index_file, inspect  # noqa: E402
 from trainer.convert import convert  # noqa: E402
 from trainer.data_index import Dataset, Filters  # noqa: E402
@@ -180,7 +180,7 @@ def _accepted_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def try_adapter(path: Path, chance: random.Random) -> None:
     """Read, compare with safetensors' own reader, and build the module."""
     path.write_bytes(safetensors_bytes("adapter", chance))
-    adapter = checkpoint.read_adapter(path)
+    adapter = adapters.read_adapter(path)
     _accepted_tensors(path, dict(adapter.state_dict()))
     expect(adapter.config.clip_width == adapter.state_dict()["clip_mapper.proj_in.weight"].shape[1],
            "the configuration is not that of the tensors")  # fmt: skip
@@ -189,8 +189,24 @@ def try_adapter(path: Path, chance: random.Random) -> None:
 def try_identity(path: Path, chance: random.Random) -> None:
     """Read and compare with safetensors' own reader."""
     path.write_bytes(safetensors_bytes("identity", chance))
-    read = checkpoint.read_identity(path)
-    _accepted_tensors(path, {"face": read.face, "clip": read.clip, "weight": read.weight})
+    read = identities.read_identity(path)
+    _accepted_tensors(
+        path, {"face": read["face"].value, "clip": read["clip"].value, "weight": read.weight}
+    )
+    expect(bool((read.weight > 0).all()), "a weight is not positive")
+
+
+def try_features(path: Path, chance: random.Random) -> None:
+    """The same for version 2 of an identity file."""
+    path.write_bytes(safetensors_bytes("features", chance))
+    read = identities.read_identity(path)
+    tensors = {"weight": read.weight}
+    for name, feature in read.features.items():
+        tensors[f"{name}.value"] = feature.value
+        if feature.null is not None:
+            tensors[f"{name}.null"] = feature.null
+        expect(feature.value.shape[1:] == feature.reading.shape, f"{name} is of another shape")
+    _accepted_tensors(path, tensors)
     expect(bool((read.weight > 0).all()), "a weight is not positive")
 
 
@@ -432,6 +448,7 @@ def try_index(path: Path, chance: random.Random) -> None:
 TRIES: dict[str, Callable[[Path, random.Random], None]] = {
     "adapter": try_adapter,
     "identity": try_identity,
+    "features": try_features,
     "pickle": try_pickle,
     "tar": try_tar,
     "index": try_index,

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-KINDS = ("adapter", "identity")
+KINDS = ("adapter", "identity", "features")  # the last: version 2 of an identity
 D, C, T = 6, 4, 2  # clip width, context width, face tokens
 LAYERS = {
     "down_blocks.1.attentions.0.transformer_blocks.0": 8,
@@ -127,7 +127,34 @@ def identity(references: int = 2) -> File:
     )
 
 
-SOUND: dict[str, Callable[[], File]] = {"adapter": adapter, "identity": identity}
+def features(references: int = 2) -> File:
+    """A sound identity file of version 2: three features, one with a null."""
+    return File(
+        kind="features",
+        tensors={
+            "face.value": tensor([references, 512], "F32", 0.5),
+            "clip.value": tensor([references, 257, D], "F16", 0.25),
+            "pooled.null": tensor([8], "F16", 0.125),
+            "pooled.value": tensor([references, 8], "F32", 2.0),
+            "weight": tensor([references], "F32", 1.0),
+        },
+        metadata={"format": "infinite-id-identity", "version": "2"},
+        config={
+            "features": {
+                "face": {"model": "made/reader", "output": "normed", "shape": [512], "cut": ""},
+                "clip": {"model": "made-14", "output": "last", "shape": [257, D]},
+                "pooled": {"model": "made-L", "output": "pooled", "shape": [8], "cut": "grey"},
+            },
+            "name": "made",
+        },
+    )
+
+
+SOUND: dict[str, Callable[[], File]] = {
+    "adapter": adapter,
+    "identity": identity,
+    "features": features,
+}
 
 
 class Harm:
@@ -186,7 +213,9 @@ def changed(
 
 def first(file: File) -> str:
     """Name of a tensor that carries no special meaning for other tensors' shapes."""
-    return {"adapter": "clip_mapper.norm.bias", "identity": "face"}[file.kind]
+    return {
+        "adapter": "clip_mapper.norm.bias", "identity": "face", "features": "pooled.value",
+    }[file.kind]  # fmt: skip
 
 
 # --- not safetensors at all ------------------------------------------------------------------
@@ -263,7 +292,7 @@ def _twins(file: File, harm: Path) -> bytes:
 @threat("twin metadata", "HeaderError")
 def _twin_metadata(file: File, harm: Path) -> bytes:
     raw = json.dumps(file.header())
-    return file.bytes(raw.replace('"version": "1"', '"version": "9", "version": "1"').encode())
+    return file.bytes(raw.replace('"version": "', '"version": "9", "version": "').encode())
 
 
 def _entry(name: str, error: str = "HeaderError", **changes: Any) -> None:
@@ -376,12 +405,18 @@ def _no_metadata(file: File, harm: Path) -> bytes:
 
 
 threat("the other kind", "WrongFormatError")(
-    lambda file, harm: {"adapter": identity, "identity": adapter}[file.kind]().bytes()
+    lambda file, harm: (identity if file.kind == "adapter" else adapter)().bytes()
 )
 _metadata("no format", "WrongFormatError", format=None)
 _metadata("foreign format", "WrongFormatError", format="pt")
 _metadata("format of a megabyte", "WrongFormatError", format="x" * 2**20)
-_metadata("newer version", "NewerVersionError", version="2")
+_metadata("newer version", "NewerVersionError", version="3")
+changed("newer version of adapters", "NewerVersionError",
+        lambda f: f.metadata.update(version="2"), ("adapter",))  # fmt: skip
+changed("version 1 named 2", "ConfigError",
+        lambda f: f.metadata.update(version="2"), ("identity",))  # fmt: skip
+changed("version 2 named 1", "ConfigError",
+        lambda f: f.metadata.update(version="1"), ("features",))  # fmt: skip
 _metadata("much newer version", "NewerVersionError", version="999999999")
 _metadata("no version", "ConfigError", version=None)
 for version in ("", "0", "-1", "1.5", "one", " 1", "1\n", "01", "\u0661", "9" * 5000):
@@ -400,12 +435,13 @@ for text in ("", "{", "not json", "[]", "7", "null", "[" * 100_000, '{"a": 1, "a
     _metadata(f"configuration {text[:9]!r}", "ConfigError", config=text)
 _config("unknown entry", colour="red")
 _config("a thousand unknown entries", **{f"{i:0>1000}": i for i in range(1000)})
-_config("number for a name", recogniser=7)
-_config("null for a name", recogniser=None)
-_config("list for a name", clip_model=["ViT"])
-_config("unknown embedding", embedding="unit")
-_config("unknown layer", clip_layer="first")
-changed("entry missing", "ConfigError", lambda f: f.config.pop("recogniser"))
+FLAT = ("adapter", "identity")
+_config("number for a name", FLAT, recogniser=7)
+_config("null for a name", FLAT, recogniser=None)
+_config("list for a name", FLAT, clip_model=["ViT"])
+_config("unknown embedding", FLAT, embedding="unit")
+_config("unknown layer", FLAT, clip_layer="first")
+changed("entry missing", "ConfigError", lambda f: f.config.pop("recogniser"), FLAT)
 for key in ("clip_width", "context_width", "face_width", "face_tokens"):
     for value in (0, -1, 2**17, 10**4299, 4.0, "4", True, None, [4]):
         shown = repr(value) if value != 10**4299 else "10**4299"
@@ -426,7 +462,7 @@ def _each(kind: str) -> list[str]:
 
 for kind in KINDS:
     for name in _each(kind):
-        if not name.startswith("layers."):
+        if not name.startswith("layers.") and not name.endswith(".null"):  # which need not be
             changed(f"{kind} without {name}", "MissingTensorError",
                     lambda f, name=name: f.tensors.pop(name), (kind,))  # fmt: skip
         changed(f"{kind} with one more in {name}", "WrongShapeError",
@@ -511,7 +547,61 @@ changed("references disagree", "WrongShapeError",
 for weight in (0.0, -1.0):
     changed(f"weight {weight}", "ConfigError",
             lambda f, weight=weight: _put(f, "weight", tensor([2], "F32", weight)),
-            ("identity",), loads=True)  # fmt: skip
+            ("identity", "features"), loads=True)  # fmt: skip
+
+
+# --- version 2 of an identity ----------------------------------------------------------------
+
+
+def _feature(name: str, value: Any, feature: str = "pooled") -> None:
+    """A feature that is recorded otherwise."""
+    changed(f"feature {name}", "ConfigError",
+            lambda f: f.config["features"].update({feature: value}), ("features",))  # fmt: skip
+
+
+def _entries(name: str, **values: Any) -> None:
+    _feature(name, {"model": "m", "output": "pooled", "shape": [8], **values})
+
+
+_config("no features", ("features",), features={})
+_config("features null", ("features",), features=None)
+_config("features a list", ("features",), features=["face"])
+changed("name a number", "ConfigError", lambda f: f.config.update(name=7), ("features",))
+changed("features missing", "ConfigError", lambda f: f.config.pop("features"), ("features",))
+_config("a thousand features", ("features",), features={
+    f"f{i}": {"model": "m", "output": "o", "shape": [8]} for i in range(1000)})  # fmt: skip
+for value in (None, 7, [], "pooled", {}, {"model": "m", "output": "o"}):
+    _feature(f"recorded as {value!r}", value)
+_entries("with an unknown entry", colour="red")
+for key in ("model", "output", "cut"):
+    for value in (None, 7, ["m"], "x" * 201):
+        _entries(f"whose {key} is {repr(value)[:9]}", **{key: value})
+for value in (None, 8, "8", [], [8] * 5, [0], [-8], [8.0], ["8"], [True], [[8]], [2**14 + 1],
+              [HUGE], [9] * 100_000):  # fmt: skip
+    _entries(f"of shape {repr(value)[:20]}", shape=value)
+for name in ("", "Pooled", "pooled.value", "../pooled", "po oled", "p" * 33, "9", "po\u0131led"):
+    _feature(f"of the name {name[:9]!r}", {"model": "m", "output": "o", "shape": [8]}, name)
+
+
+def _unrecorded(file: File) -> None:
+    file.config["features"].pop("pooled")
+
+
+def _unheld(file: File) -> None:
+    file.config["features"]["more"] = {"model": "m", "output": "o", "shape": [8]}
+
+
+changed("feature not recorded", "UnexpectedTensorError", _unrecorded, ("features",))
+changed("feature not held", "MissingTensorError", _unheld, ("features",))
+changed("null of no feature", "UnexpectedTensorError",
+        lambda f: _put(f, "more.null", tensor([8])), ("features",))  # fmt: skip
+changed("null of another shape", "WrongShapeError",
+        lambda f: _put(f, "pooled.null", tensor([1, 8])), ("features",))  # fmt: skip
+changed("features' references disagree", "WrongShapeError",
+        lambda f: _put(f, "face.value", tensor([3, 512])), ("features",))  # fmt: skip
+for n in (0, 4097, HUGE):
+    changed(f"{n} weights", "WrongShapeError",
+            lambda f, n=n: _put(f, "weight", Entry("I64", [n], b"")), ("features",))  # fmt: skip
 
 CASES = [(kind, name) for name, t in THREATS.items() for kind in t.kinds]
 

@@ -1,4 +1,4 @@
-"""Writers that die at every moment: run by test_checkpoint in a process of its own (POSIX).
+"""Writers that die at every moment: run by test_files in a process of its own (POSIX).
 
 Forks children that write the same files for ever, kills them with SIGKILL and reads what is
 left. Prints one JSON line: how often, what was wrong, and what lies in the folder.
@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from infinite_id_core import errors  # noqa: E402
-from infinite_id_core.files import checkpoint  # noqa: E402
-from infinite_id_core.method.adapter import Adapter, AdapterConfig  # noqa: E402
-from infinite_id_core.method.identity import Identity, IdentityConfig  # noqa: E402
+from infinite_id_core.files import adapters, checked, identities, infinite_id_format  # noqa: E402
+from infinite_id_core.method.adapter import infinite_id_adapter  # noqa: E402
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity  # noqa: E402
+from infinite_id_core.method.records import AdapterConfig  # noqa: E402
 
 CONFIG = AdapterConfig(clip_width=64, context_width=64, recogniser="r", clip_model="c")
 ROUNDS = 8
@@ -32,25 +33,28 @@ ROUNDS = 8
 
 def write(folder: Path, value: float) -> None:
     """One generation of both files; every number in them is ``value``."""
-    adapter = Adapter(CONFIG, {"mid_block.attentions.0.transformer_blocks.0": 64})
+    adapter = infinite_id_adapter(CONFIG, {"mid_block.attentions.0.transformer_blocks.0": 64})
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.fill_(value)
-    checkpoint.write_adapter(folder / "adapter.safetensors", adapter)
-    identity = Identity(
+    infinite_id_format.write_adapter(folder / "adapter.safetensors", adapter)
+    identity = face_clip_identity(
         face=torch.full((8, 512), value),
         clip=torch.full((8, 257, 64), value),
         weight=torch.full((8,), value),
         config=IdentityConfig(recogniser="r", clip_model="c"),
     )
-    checkpoint.write_identity(folder / "identity.safetensors", identity)
+    identities.write_identity(folder / "identity.safetensors", identity)
 
 
 def values(folder: Path) -> list[set[float]]:
     """The distinct numbers in each file; raises where a file is not whole."""
-    adapter = checkpoint.read_adapter(folder / "adapter.safetensors").state_dict()
-    identity = checkpoint.read_identity(folder / "identity.safetensors")
-    parts = [list(adapter.values()), [identity.face, identity.clip, identity.weight]]
+    adapter = adapters.read_adapter(folder / "adapter.safetensors").state_dict()
+    identity = identities.read_identity(folder / "identity.safetensors")
+    parts = [
+        list(adapter.values()),
+        [identity["face"].value, identity["clip"].value, identity.weight],
+    ]
     return [{float(v) for t in tensors for v in t.unique()} for tensors in parts]
 
 
@@ -79,7 +83,7 @@ def killed_half_way(folder: Path, value: float) -> None:
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_tensors = half
+    checked.save_tensors = half
     write(folder, value)
 
 

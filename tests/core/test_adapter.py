@@ -17,12 +17,13 @@ from infinite_id_core.errors import (
 )
 from infinite_id_core.method.adapter import (
     Adapter,
-    AdapterConfig,
     check_identity,
     check_layers,
-    finite_tokens,
+    infinite_id_adapter,
 )
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.identity import Identity, stack
+from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.layers import CrossAttentionLayer, layers_from_ldm
 
 from .test_layers import SDXL, ldm
@@ -39,7 +40,7 @@ def config(**changes: object) -> AdapterConfig:
 
 def made(seed: int = 0, **changes: object) -> Adapter:
     torch.manual_seed(seed)
-    adapter = Adapter(config(**changes), {FIRST: 8, MIDDLE: 16}).double()
+    adapter = infinite_id_adapter(config(**changes), {FIRST: 8, MIDDLE: 16}).double()
     with torch.no_grad():
         for parameter in adapter.parameters():  # norms start at 1 and 0, which would hide errors
             parameter.copy_(torch.randn_like(parameter) / math.sqrt(parameter[0].numel()))
@@ -48,7 +49,7 @@ def made(seed: int = 0, **changes: object) -> Adapter:
 
 def identity(references: int = 1, width: int = D, **changes: str) -> Identity:
     values = {"recogniser": "r", "clip_model": "c", **changes}
-    return Identity(
+    return face_clip_identity(
         face=torch.randn(references, 512),
         clip=torch.randn(references, 257, width),
         weight=torch.arange(1.0, references + 1),
@@ -60,7 +61,8 @@ def sdxl(clip_width: int = 1280) -> Adapter:
     layers = layers_from_ldm(ldm(SDXL))
     widths = {layer.path: layer.width for layer in layers}
     with torch.device("meta"):
-        return Adapter(config(clip_width=clip_width, context_width=2048, face_tokens=4), widths)
+        record = config(clip_width=clip_width, context_width=2048, face_tokens=4)
+        return infinite_id_adapter(record, widths)
 
 
 # --- shapes and names ------------------------------------------------------------------------
@@ -86,10 +88,11 @@ def test_mappers_of_the_paper(clip_width):
         "face_mapper.norm.weight": (2048,),
         "face_mapper.norm.bias": (2048,),
     }
-    tokens = adapter.tokens(
-        torch.empty(2, 512, device="meta"), torch.empty(2, 257, clip_width, device="meta")
-    )
-    assert tokens.shape == (1, 2 * (257 + 4), 2048)
+    tokens = adapter.projector({
+        "face": torch.empty(2, 512, device="meta"),
+        "clip": torch.empty(2, 257, clip_width, device="meta"),
+    })  # fmt: skip
+    assert tokens.shape == (2, 257 + 4, 2048)
 
 
 def test_parameters_of_the_full_adapter():
@@ -145,25 +148,23 @@ def mapped(adapter: Adapter, name: str, row: list[float], tokens: int) -> list[l
 
 def test_tokens_are_equation_4():
     adapter = made()
-    face = torch.randn(2, 512, dtype=torch.float64)
-    clip = torch.randn(2, 257, D, dtype=torch.float64)
+    who = identity(2)
+    face, clip = (who[name].value for name in ("face", "clip"))
     expected = []
     for r in range(2):
         for token in clip[r].tolist():
             expected += mapped(adapter, "clip_mapper", token, 1)
         expected += mapped(adapter, "face_mapper", face[r].tolist(), T)
-    found = adapter.tokens(face, clip)
+    found = adapter.tokens(who)
     assert found.shape == (1, 2 * (257 + T), C)
     assert torch.allclose(found[0], torch.tensor(expected, dtype=torch.float64), atol=1e-10)
 
 
 def test_references_stand_side_by_side():
     adapter = made()
-    one, two = (torch.randn(1, 512, dtype=torch.float64) for _ in range(2))
-    clip = torch.randn(2, 257, D, dtype=torch.float64)
-    both = adapter.tokens(torch.cat([one, two]), clip)
-    apart = [adapter.tokens(f, c) for f, c in ((one, clip[:1]), (two, clip[1:]))]
-    assert torch.allclose(both, torch.cat(apart, dim=1), atol=1e-12)
+    people = [identity(), identity()]
+    apart = [adapter.tokens(person) for person in people]
+    assert torch.allclose(adapter.tokens(stack(people)), torch.cat(apart, dim=1), atol=1e-12)
 
 
 def test_each_token_has_its_references_weight():
@@ -219,14 +220,14 @@ def test_copies_of_the_text_projections():
 def test_an_identity_of_other_encoders_is_named_on_both_sides(what, adapter, person, left, right):
     other = identity(**{"width": adapter.get("clip_width", D), **person})
     with pytest.raises(IdentityMismatchError) as caught:
-        check_identity(config(**adapter), other)
+        check_identity(made(**adapter), other)
     message = str(caught.value)
     assert f"{what}: the adapter has {left}, the identity has {right}." in message
     assert message.count(" has ") == 2  # and nothing that fits
 
 
 def test_an_identity_that_fits_passes():
-    check_identity(config(), identity(3, name="Anna"))
+    check_identity(made(), identity(3, name="Anna"))
 
 
 def layer(path: str, width: int = 8, context: int = C) -> CrossAttentionLayer:
@@ -307,9 +308,8 @@ def test_the_configuration_is_frozen():
 def test_features_that_overflow_are_named(feature):
     """1e38 is finite itself, and infinite after the mappers: no picture may come of it."""
     adapter, who = made().float(), identity()
-    assert torch.equal(
-        finite_tokens(adapter, who.face, who.clip), adapter.tokens(who.face, who.clip)
-    )
-    huge = dataclasses.replace(who, **{feature: torch.full_like(getattr(who, feature), 1e38)})
-    with pytest.raises(FeatureError, match="1e\\+38"):
-        finite_tokens(adapter, huge.face, huge.clip)
+    assert bool(adapter.tokens(who).isfinite().all())
+    value = torch.full_like(who[feature].value, 1e38)
+    huge = dataclasses.replace(who[feature], value=value)
+    with pytest.raises(FeatureError, match=f"{feature} 1e\\+38"):
+        adapter.tokens(dataclasses.replace(who, features={**who.features, feature: huge}))

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infinite_id_core import errors
-from infinite_id_core.files import checkpoint
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.files import adapters, identities, infinite_id_format, safetensors_file
+from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.records import AdapterConfig
 from trainer import __main__ as cli
 from trainer import convert as converting
 from trainer.errors import (
@@ -57,7 +58,7 @@ class Harm:
 @pytest.fixture
 def adapter() -> Adapter:
     torch.manual_seed(0)
-    return Adapter(AdapterConfig(**CONFIG), {LAYER: 8})
+    return infinite_id_adapter(AdapterConfig(**CONFIG), {LAYER: 8})
 
 
 def test_an_adapter_in_a_wrapper_becomes_an_adapter_file(adapter, tmp_path):
@@ -67,7 +68,7 @@ def test_an_adapter_in_a_wrapper_becomes_an_adapter_file(adapter, tmp_path):
     torch.save({"state_dict": state, "config": CONFIG, "step": 7}, source)
     found = converting.convert(source, output)
     assert (found.kind, found.left_behind) == ("adapter", 1)
-    read = checkpoint.read_adapter(output)
+    read = adapters.read_adapter(output)
     assert read.config == adapter.config
     for name, tensor in adapter.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
@@ -80,7 +81,7 @@ def test_the_configuration_can_come_from_the_command_line(adapter, tmp_path, cap
     assert "ConfigError" in capsys.readouterr().err and not output.exists()
     pairs = [f"--config={name}={value}" for name, value in CONFIG.items()]
     assert cli.main(["convert", str(source), str(output), *pairs]) == 0
-    assert checkpoint.read_adapter(output).config.face_tokens == 2
+    assert adapters.read_adapter(output).config.face_tokens == 2
 
 
 def test_an_identity_becomes_an_identity_file(tmp_path):
@@ -89,8 +90,8 @@ def test_an_identity_becomes_an_identity_file(tmp_path):
     config = {"recogniser": "r", "clip_model": "c", "embedding": "raw"}
     torch.save({"face": face, "clip": clip, "weight": torch.ones(2), "config": config}, source)
     assert converting.convert(source, output).kind == "identity"
-    read = checkpoint.read_identity(output)
-    assert torch.equal(read.face, face) and read.config.embedding == "raw"
+    read = identities.read_identity(output)
+    assert torch.equal(read["face"].value, face) and read["face"].reading.output == "raw"
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -445,7 +446,7 @@ def test_what_the_system_refuses_while_converting_is_named(adapter, tmp_path, mo
 
 def test_inspect_an_adapter(adapter, tmp_path, capsys):
     path = tmp_path / "a.safetensors"
-    checkpoint.write_adapter(path, adapter, torch.float16)
+    infinite_id_format.write_adapter(path, adapter, torch.float16)
     found = inspect_file(path)
     count = sum(t.numel() for t in adapter.state_dict().values())
     assert (found.kind, found.problems) == ("adapter", [])
@@ -457,14 +458,14 @@ def test_inspect_an_adapter(adapter, tmp_path, capsys):
 
 
 def test_inspect_an_identity(tmp_path, capsys):
-    identity = Identity(
+    identity = face_clip_identity(
         face=2 * torch.nn.functional.normalize(torch.randn(1, 512)),
         clip=torch.randn(1, 257, 3),
         weight=torch.ones(1),
         config=IdentityConfig(recogniser="r", clip_model="c", embedding="normed"),
     )
     path = tmp_path / "i.safetensors"
-    checkpoint.write_identity(path, identity)
+    identities.write_identity(path, identity)
     found = inspect_file(path)
     assert found.kind == "identity" and found.facts["references"] == 1
     assert found.facts["lengths of the face embeddings"] == pytest.approx([2.0], abs=1e-3)
@@ -475,12 +476,12 @@ def test_inspect_an_identity(tmp_path, capsys):
 
 def test_inspect_finds_damage_and_does_not_open_pickles(adapter, tmp_path):
     path = tmp_path / "a.safetensors"
-    checkpoint.write_adapter(path, adapter)
+    infinite_id_format.write_adapter(path, adapter)
     data = path.read_bytes()
     (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
     assert "bytes" in inspect_file(tmp_path / "half.safetensors").problems[0]
     tensors = {**load_file(path), "clip_mapper.norm.bias": torch.full((4,), torch.inf)}
-    header = checkpoint.read_header(path)
+    header = safetensors_file.read_header(path)
     save_file(tensors, tmp_path / "inf.safetensors", metadata=header.metadata)
     assert "NotFiniteError" in inspect_file(tmp_path / "inf.safetensors").problems[0]
     torch.save({"x": Harm(tmp_path / "harm")}, tmp_path / "p.safetensors")
@@ -497,7 +498,7 @@ def test_inspect_finds_damage_and_does_not_open_pickles(adapter, tmp_path):
 
 
 def test_inspect_a_folder_of_files(adapter, tmp_path):
-    checkpoint.write_adapter(tmp_path / "one.safetensors", adapter)
+    infinite_id_format.write_adapter(tmp_path / "one.safetensors", adapter)
     found = inspect_file(tmp_path)
     assert found.tables["files"][1][:2] == ("one.safetensors", "adapter")
     assert found.problems == []

@@ -19,7 +19,6 @@ from infinite_id_core import errors
 from infinite_id_core.encoders.clip_vision import (
     CLIP_MEAN,
     CLIP_STD,
-    encoder_name,
     hidden_states,
     preprocess,
 )
@@ -29,9 +28,11 @@ from infinite_id_core.encoders.encode import (
     face_embedding,
     parse_weights,
 )
+from infinite_id_core.encoders.named import encoder_name
 from infinite_id_core.encoders.open_clip import OpenClipVision, build_open_clip, load_open_clip
 from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.detect import DetectedFace
+from infinite_id_core.method.features import Reading
 from microworld.config import OPEN_CLIP
 
 
@@ -62,6 +63,8 @@ def made_face(seed: int = 0, recogniser: str = "made/reader", size: int = 224) -
 class MadeVision:
     """Another encoder behind ComfyUI's interface."""
 
+    clip_model = "made-vision"
+
     def __init__(self, tokens: int = 257, width: int = 1280, value: float = 1.0) -> None:
         self.shape, self.value, self.sizes = (tokens, width), value, []
 
@@ -88,13 +91,17 @@ def test_normed_has_length_one_and_raw_is_untouched():
 def test_stack_keeps_every_face_with_its_weight():
     options = EncodeOptions(weights=(1.0, 0.5), clip_layer="penultimate", embedding="raw")
     identity = encode_faces([made_face(0), made_face(1)], MadeVision(), options)
-    assert identity.face.shape == (2, 512) and identity.clip.shape == (2, 257, 1280)
+    assert identity["face"].value.shape == (2, 512) and identity["clip"].value.shape == (
+        2,
+        257,
+        1280,
+    )
     assert identity.weight.tolist() == [1.0, 0.5]
-    assert identity.clip.unique().tolist() == [2.0]  # the penultimate states
-    assert torch.equal(identity.face[1], made_face(1).embedding)
-    config = identity.config
-    assert (config.recogniser, config.clip_model) == ("made/reader", "ViT-H-14")
-    assert (config.embedding, config.clip_layer) == ("raw", "penultimate")
+    assert identity["clip"].value.unique().tolist() == [2.0]  # the penultimate states
+    assert torch.equal(identity["face"].value[1], made_face(1).embedding)
+    assert identity["face"].reading == Reading(model="made/reader", output="raw", shape=(512,))
+    wanted = Reading(model="made-vision", output="penultimate", shape=(257, 1280))
+    assert identity["clip"].reading == wanted
 
 
 def test_average_is_one_reference():
@@ -102,7 +109,7 @@ def test_average_is_one_reference():
     identity = encode_faces([made_face(0), made_face(1)], MadeVision(), options)
     first, second = (face_embedding(made_face(i)) for i in (0, 1))
     wanted = torch.nn.functional.normalize(0.75 * first + 0.25 * second, dim=0)
-    assert torch.allclose(identity.face[0], wanted, atol=1e-6)
+    assert torch.allclose(identity["face"].value[0], wanted, atol=1e-6)
 
 
 def test_a_hundred_faces_are_encoded_in_parts():
@@ -155,15 +162,44 @@ def test_nan_and_nothing_are_refused():
         )
 
 
+class MadeTower(torch.nn.Module):
+    """The modules of a CLIP vision model as ComfyUI names them, without weights."""
+
+    def __init__(self, width: int, blocks: int, patch: int = 14, embeds: int = 1024) -> None:
+        super().__init__()
+        self.vision_model = torch.nn.Module()
+        self.vision_model.embeddings = torch.nn.Module()
+        self.vision_model.encoder = torch.nn.Module()
+        with torch.device("meta"):
+            patches = torch.nn.Conv2d(3, width, patch)
+            self.visual_projection = torch.nn.Linear(width, embeds)
+        self.vision_model.embeddings.patch_embedding = patches
+        self.vision_model.encoder.layers = torch.nn.ModuleList(
+            torch.nn.Identity() for _ in range(blocks)
+        )
+
+
 @pytest.mark.parametrize(
-    ("width", "name"),
-    [(1280, "ViT-H-14"), (1664, "ViT-bigG-14"), (1024, "ViT-L-14"), (96, "vit-96")],
+    ("tower", "name"),
+    [
+        (MadeTower(1280, 32), "ViT-H-14"),
+        (MadeTower(1664, 48, embeds=1280), "ViT-bigG-14"),
+        (MadeTower(1024, 24, embeds=768), "ViT-L-14"),
+        (MadeTower(1280, 24), "vit-1280"),  # as wide as ViT-H, and another network
+        (MadeTower(1024, 24, patch=16, embeds=768), "vit-1024"),
+        (MadeTower(1024, 24, embeds=1024), "vit-1024"),
+        (MadeTower(96, 2, embeds=64), "vit-96"),
+        (torch.nn.Linear(1, 1), "vit-7"),
+        (None, "vit-7"),
+    ],
 )
-def test_encoders_are_named_by_width(width, name):
-    assert encoder_name(MadeVision(width=width), width) == name
+def test_encoders_are_named_by_their_network_not_by_its_width(tower, name):
+    vision = type("Vision", (), {"model": tower})()
+    width = tower.visual_projection.in_features if isinstance(tower, MadeTower) else 7
+    assert encoder_name(vision, width) == name
 
 
-def test_open_clip_names_agree_with_the_width_names(tiny):
+def test_an_encoders_own_name_comes_first(tiny):
     assert encoder_name(tiny, 96) == "microworld"
     quick = OpenClipVision(tiny.model, "ViT-L-14-quickgelu")
     assert encoder_name(quick, 1024) == "ViT-L-14"

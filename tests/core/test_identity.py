@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from infinite_id_core.errors import IdentityMismatchError, OptionError
-from infinite_id_core.method.identity import (
-    Identity,
-    IdentityConfig,
-    average,
-    interpolate,
-    null_features,
-    stack,
-)
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.identity import Identity, average, interpolate, stack
 
 D = 8
 
@@ -34,12 +29,18 @@ def made(
     face = 20 * torch.randn(n, 512, generator=generator)
     settings = {"recogniser": "buffalo_l/w600k_r50", "clip_model": "ViT-H-14", **config}
     raw = settings.get("embedding") == "raw"
-    return Identity(
+    return face_clip_identity(
         face=face if raw else normalize(face, dim=1),
         clip=torch.randn(n, 257, width, generator=generator).to(dtype),
         weight=torch.tensor(weight or [1.0] * n),
         config=IdentityConfig(**settings),
     )
+
+
+def longer(identity: Identity, by: Any) -> Identity:
+    """The face embeddings of other lengths."""
+    face = dataclasses.replace(identity["face"], value=identity["face"].value * by)
+    return dataclasses.replace(identity, features={**identity.features, "face": face})
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -53,17 +54,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_stack_puts_all_references_side_by_side():
     a, b = made(1, 2, [1.0, 0.5], name="Anna"), made(2, 1, [3.0], name="Bea")
     found = stack([a, b], [2.0, 0.5])
-    assert found.references == 3 and found.clip_width == D
-    assert torch.equal(found.face, torch.cat([a.face, b.face]))
-    assert torch.equal(found.clip, torch.cat([a.clip, b.clip]))
+    assert found.references == 3 and found["clip"].reading.shape == (257, D)
+    assert torch.equal(found["face"].value, torch.cat([a["face"].value, b["face"].value]))
+    assert torch.equal(found["clip"].value, torch.cat([a["clip"].value, b["clip"].value]))
     assert found.weight.tolist() == [2.0, 1.0, 1.5]
-    assert found.config == dataclasses.replace(a.config, name="Anna + Bea")
+    assert found.readings == a.readings and found.name == "Anna + Bea"
 
 
 def test_stack_without_weights_keeps_them():
     found = stack([made(1, 2, [1.0, 0.5]), made(2)])
     assert found.weight.tolist() == [1.0, 0.5, 1.0]
-    assert found.config.name == ""  # nobody has a name
+    assert found.name == ""  # nobody has a name
 
 
 @pytest.mark.parametrize(
@@ -91,32 +92,32 @@ def test_average_of_normed_faces_has_length_one():
     found = average(identity)
     share = torch.tensor([1.0, 2.0, 5.0]) / 8
     assert found.references == 1 and found.weight.tolist() == [1.0]
-    mean = (share.view(3, 1) * identity.face).sum(0)
+    mean = (share.view(3, 1) * identity["face"].value).sum(0)
     assert float(mean.norm()) < 0.8  # the mean of unit vectors is shorter
-    assert same(found.face[0], mean / mean.norm())
-    assert same(found.clip[0], torch.einsum("n,nmd->md", share, identity.clip))
-    assert found.config == identity.config
+    assert same(found["face"].value[0], mean / mean.norm())
+    assert same(found["clip"].value[0], torch.einsum("n,nmd->md", share, identity["clip"].value))
+    assert found.readings == identity.readings and found.name == identity.name
 
 
 def test_average_of_raw_faces_has_their_mean_length():
     identity = made(1, 2, [3.0, 1.0], embedding="raw")
-    identity = dataclasses.replace(identity, face=identity.face * torch.tensor([[1.0], [2.0]]))
-    found = average(identity).face[0]
-    lengths = identity.face.norm(dim=1)
+    identity = longer(identity, torch.tensor([[1.0], [2.0]]))
+    found = average(identity)["face"].value[0]
+    lengths = identity["face"].value.norm(dim=1)
     assert float(found.norm()) == pytest.approx(float(0.75 * lengths[0] + 0.25 * lengths[1]))
-    mean = 0.75 * identity.face[0] + 0.25 * identity.face[1]
+    mean = 0.75 * identity["face"].value[0] + 0.25 * identity["face"].value[1]
     assert float(torch.cosine_similarity(found, mean, dim=0)) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_average_keeps_half_precision_and_computes_in_full():
     identity = made(1, 4, [1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
     found = average(identity)
-    assert found.clip.dtype == torch.float16 and found.face.dtype == torch.float32
+    assert found["clip"].value.dtype == torch.float16 and found["face"].value.dtype == torch.float32
     share = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    exact = torch.einsum("n,nmd->md", share, identity.clip.double())
+    exact = torch.einsum("n,nmd->md", share, identity["clip"].value.double())
     # One rounding to half, at the end: at most half of its last bit, 2^-11 of the number. The
     # float32 sum before it is 1e-6 off at most; a sum in half would be 1e-3 off.
-    torch.testing.assert_close(found.clip[0].double(), exact, rtol=2**-11, atol=1e-6)
+    torch.testing.assert_close(found["clip"].value[0].double(), exact, rtol=2**-11, atol=1e-6)
 
 
 # --- interpolation ---------------------------------------------------------------------------
@@ -132,23 +133,25 @@ def test_the_ends_of_the_ratio_are_the_people_themselves():
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9])
 def test_interpolation_is_a_straight_line(ratio, embedding):
     a, b = made(1, embedding=embedding, name="A"), made(2, embedding=embedding, name="B")
-    b = dataclasses.replace(b, face=b.face * (3 if embedding == "raw" else 1))
+    b = longer(b, 3 if embedding == "raw" else 1)
     found = interpolate(a, b, ratio)
-    assert same(found.clip, (1 - ratio) * a.clip + ratio * b.clip)
-    line = (1 - ratio) * a.face + ratio * b.face
+    assert same(found["clip"].value, (1 - ratio) * a["clip"].value + ratio * b["clip"].value)
+    line = (1 - ratio) * a["face"].value + ratio * b["face"].value
     length = 1.0
     if embedding == "raw":
-        length = float((1 - ratio) * a.face.norm() + ratio * b.face.norm())
-    assert same(found.face, line / line.norm() * length)
-    assert found.config.name == "A + B"
+        length = float((1 - ratio) * a["face"].value.norm() + ratio * b["face"].value.norm())
+    assert same(found["face"].value, line / line.norm() * length)
+    assert found.name == "A + B"
 
 
 def test_interpolation_counts_people_not_references():
     """Three photos of one person do not outweigh one photo of the other."""
     a, b = made(1, 3, [2.0, 2.0, 4.0]), made(2)
-    assert same(interpolate(a, b, 0.5).face, interpolate(average(a), b, 0.5).face)
-    towards_a = torch.cosine_similarity(interpolate(a, b, 0.5).face, average(a).face)
-    towards_b = torch.cosine_similarity(interpolate(a, b, 0.5).face, b.face)
+    assert same(interpolate(a, b, 0.5)["face"].value, interpolate(average(a), b, 0.5)["face"].value)
+    towards_a = torch.cosine_similarity(
+        interpolate(a, b, 0.5)["face"].value, average(a)["face"].value
+    )
+    towards_b = torch.cosine_similarity(interpolate(a, b, 0.5)["face"].value, b["face"].value)
     assert float(towards_a) == pytest.approx(float(towards_b), abs=1e-5)
 
 
@@ -190,7 +193,8 @@ def test_the_name_is_no_mismatch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_null_identity_is_zeros_before_the_mappers(dtype):
-    face, clip = null_features(made(1, 5, dtype=dtype))
+    who = made(1, 5, dtype=dtype)
+    face, clip = (who[name].null_value() for name in ("face", "clip"))
     assert face.shape == (1, 512) and clip.shape == (1, 257, D)
     assert clip.dtype == dtype and face.dtype == torch.float32
     assert not bool(face.any()) and not bool(clip.any())
@@ -216,9 +220,9 @@ def test_the_null_identity_is_zeros_before_the_mappers(dtype):
 )
 def test_other_shapes_are_named(face, clip, weight):
     with pytest.raises(OptionError) as caught:
-        Identity(
+        face_clip_identity(
             face=torch.ones(face), clip=torch.ones(clip), weight=torch.ones(weight),
-            config=made().config,
+            config=IdentityConfig(recogniser="r", clip_model="c"),
         )  # fmt: skip
     assert all(str(list(shape)) in str(caught.value) for shape in (face, clip, weight))
 

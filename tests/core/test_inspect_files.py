@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from infinite_id_core import errors
-from infinite_id_core.files import checkpoint
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.files import adapters
+from infinite_id_core.method.adapter import infinite_id_adapter
+from infinite_id_core.method.records import AdapterConfig
 from trainer import __main__ as cli
 from trainer.inspect import inspect_file
 
@@ -119,7 +120,7 @@ def made_checkpoint(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = AdapterConfig(clip_width=6, context_width=4, recogniser="r", clip_model="c")
-    adapter = Adapter(config, {"mid_block.attentions.0.transformer_blocks.0": 8})
+    adapter = infinite_id_adapter(config, {"mid_block.attentions.0.transformer_blocks.0": 8})
     optimiser = torch.optim.AdamW(adapter.parameters())
     sum(p.sum() for p in adapter.parameters()).backward()
     optimiser.step()
@@ -202,4 +203,4 @@ def test_sound_files_stay_sound(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(hostile_files.adapter().bytes())
     assert inspect_file(path).problems == []
-    assert checkpoint.read_adapter(path).widths == hostile_files.LAYERS
+    assert adapters.read_adapter(path).widths == hostile_files.LAYERS

@@ -15,9 +15,10 @@ from infinite_id_core.hosts.diffusers_unet import (
     text_projections,
     unet_layers,
 )
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.adapter import infinite_id_adapter
 from infinite_id_core.method.attention import StreamOptions
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.records import AdapterConfig
 
 from . import train_world
 
@@ -28,7 +29,7 @@ WIDTH = 12
 def run():
     """A guided run of the micro UNet with an identity: ``run(negative, **stream options)``."""
     unet = train_world.micro_unet()
-    adapter = Adapter(
+    adapter = infinite_id_adapter(
         AdapterConfig(
             clip_width=WIDTH, context_width=train_world.CONTEXT, recogniser="r", clip_model="c"
         ),
@@ -37,7 +38,7 @@ def run():
     train_world.fill(adapter, 1)
     adapter.copy_text_projections(text_projections(unet))
     draw = torch.Generator().manual_seed(5)
-    identity = Identity(
+    identity = face_clip_identity(
         face=torch.randn(1, 512, generator=draw),
         clip=torch.randn(1, 257, WIDTH, generator=draw),
         weight=torch.ones(1),

@@ -13,7 +13,7 @@ import torch
 from infinite_id_core import errors
 from infinite_id_core.encoders.open_clip import build_open_clip
 from infinite_id_core.faces.pack import load_face_models
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
 from infinite_id_core.scores import score
 from microworld import files
 from microworld.portraits import HELD_OUT_SEEDS, Attributes, Nuisance, render
@@ -72,7 +72,7 @@ def identity(*angles: float, weights: list[float] | None = None, recogniser: str
     face = torch.zeros(len(angles), 512)
     for row, angle in zip(face, angles, strict=True):
         row[:2] = torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-    return Identity(
+    return face_clip_identity(
         face=face,
         clip=torch.zeros(len(angles), 257, 4),
         weight=torch.tensor(weights or [1.0] * len(angles)),

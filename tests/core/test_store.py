@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from infinite_id_core import errors
-from infinite_id_core.files import checkpoint, store
-from infinite_id_core.files.checkpoint import read_identity
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.files import checked, store
+from infinite_id_core.files.identities import read_identity
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.identity import Identity
 
 
 def identity(value: float) -> Identity:
-    return Identity(
+    return face_clip_identity(
         face=torch.full((1, 512), value),
         clip=torch.full((1, 257, 8), value),
         weight=torch.ones(1),
@@ -32,17 +33,17 @@ def test_keep_both_numbers_the_new_file(tmp_path):
     assert [p.name for p in paths] == [
         "anna.safetensors", "anna 2.safetensors", "anna 3.safetensors"
     ]  # fmt: skip
-    assert [float(read_identity(p).face[0, 0]) for p in paths] == [1.0, 2.0, 3.0]
-    assert read_identity(paths[1]).config.name == "anna 2"
+    assert [float(read_identity(p)["face"].value[0, 0]) for p in paths] == [1.0, 2.0, 3.0]
+    assert read_identity(paths[1]).name == "anna 2"
 
 
 def test_overwrite_and_error(tmp_path):
     path = store.save_identity(identity(1.0), tmp_path, "anna")
     with pytest.raises(errors.NameTakenError, match="anna.safetensors"):
         store.save_identity(identity(2.0), tmp_path, "anna", "error")
-    assert float(read_identity(path).face[0, 0]) == 1.0
+    assert float(read_identity(path)["face"].value[0, 0]) == 1.0
     assert store.save_identity(identity(2.0), tmp_path, "anna", "overwrite") == path
-    assert float(read_identity(path).face[0, 0]) == 2.0
+    assert float(read_identity(path)["face"].value[0, 0]) == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["anna.safetensors"]
     with pytest.raises(errors.OptionError):
         store.save_identity(identity(2.0), tmp_path, "anna", "maybe")  # type: ignore[arg-type]
@@ -53,13 +54,13 @@ import sys
 sys.path.append(sys.argv[1])
 import torch
 from infinite_id_core.files import store
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
 torch.set_num_threads(1)
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(int(sys.argv[3])):
     value = float(sys.argv[4]) + number
-    made = Identity(
+    made = face_clip_identity(
         face=torch.full((1, 512), value), clip=torch.full((1, 257, 8), value),
         weight=torch.ones(1), config=IdentityConfig(recogniser="r", clip_model="c"),
     )
@@ -87,9 +88,9 @@ def test_keep_both_between_processes_loses_nothing(tmp_path):
     for saver in savers:
         saver.communicate()
     found = {path.stem: read_identity(path) for path in tmp_path.glob("*.safetensors")}
-    values = sorted(float(read.face[0, 0]) for read in found.values())
+    values = sorted(float(read["face"].value[0, 0]) for read in found.values())
     assert values == [100.0 * n + i for n in (1, 2, 3) for i in range(15)]
-    assert all(read.config.name == name for name, read in found.items())
+    assert all(read.name == name for name, read in found.items())
     assert len(list(tmp_path.iterdir())) == 45  # no temporary file is left
 
 
@@ -102,14 +103,14 @@ def test_a_name_that_is_taken_at_the_last_moment_is_not_replaced(links, tmp_path
             raise OSError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", refuse, raising=False)
-    save = checkpoint.save_tensors
+    save = checked.save_tensors
 
     def slow(tensors: object, path: Path, *rest: object, **more: object) -> None:
         save(tensors, path, *rest, **more)
         with contextlib.suppress(FileExistsError):
             (tmp_path / "anna.safetensors").open("xb").close()
 
-    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(checked, "save_tensors", slow)
     assert store.save_identity(identity(1.0), tmp_path, "anna").name == "anna 2.safetensors"
     assert (tmp_path / "anna.safetensors").read_bytes() == b""
     (tmp_path / "anna.safetensors").unlink()

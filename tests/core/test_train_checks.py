@@ -17,7 +17,7 @@ from infinite_id_core.errors import (
     MissingTensorError,
     ModelMismatchError,
 )
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import Prompt
 from trainer.__main__ import main
 from trainer.config import TrainConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from infinite_id_core.errors import MissingPackageError
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from trainer import inspect
 from trainer.config import Optimiser, TrainConfig
 from trainer.errors import ConfigValueError, ResumeError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import FilterError, ResumeError, TooFewPeopleError

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from infinite_id_core.files.checkpoint import read_header
+from infinite_id_core.files.safetensors_file import read_header
 from trainer.config import TrainConfig, parse_config
 from trainer.index_file import INDEX, DatasetInfo, table_of, write_index
 from trainer.models.unet import Layout, ldm_names

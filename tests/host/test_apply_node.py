@@ -15,10 +15,10 @@ def parts(pack: Any) -> dict[str, Any]:
     made = host_nodes.NODE_CLASS_MAPPINGS
     model, clip, _ = made["InfiniteIDMicroModel"].execute().result
     adapter = made["InfiniteIDAdapterLoader"].execute(file="microworld (embedded)").result[0]
-    core = pack.infinite_id_core.method.identity
+    core = pack.infinite_id_core.method.face_clip
     generator = torch.Generator().manual_seed(0)
     config = adapter.adapter.config
-    identity = core.Identity(
+    identity = core.face_clip_identity(
         face=torch.nn.functional.normalize(torch.randn(1, 512, generator=generator), dim=1),
         clip=torch.randn(1, 257, config.clip_width, generator=generator),
         weight=torch.ones(1),

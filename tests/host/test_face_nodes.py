@@ -248,10 +248,10 @@ def test_paste_needs_the_picture_that_was_cropped(analysis, photo, errors):
 
 
 def test_encode_records_what_made_it(identity):
-    assert identity.face.shape == (1, 512) and identity.clip.shape == (1, 257, 96)
-    assert identity.face.norm() == pytest.approx(1.0, abs=1e-5)
-    config = identity.config
-    assert (config.recogniser, config.clip_model) == ("microworld/rec", "microworld")
+    assert identity["face"].value.shape == (1, 512) and identity["clip"].value.shape == (1, 257, 96)
+    assert identity["face"].value.norm() == pytest.approx(1.0, abs=1e-5)
+    models = {name: reading.model for name, reading in identity.readings.items()}
+    assert models == {"face": "microworld/rec", "clip": "microworld"}
 
 
 def test_encode_with_weights_and_options(analysis, clip_vision, photo, errors):
@@ -260,15 +260,15 @@ def test_encode_with_weights_and_options(analysis, clip_vision, photo, errors):
         "InfiniteIDEncode", faces, clip_vision, "stack", "1, 0.5", "penultimate", "raw"
     )
     assert identity.weight.tolist() == [1.0, 0.5]
-    assert torch.equal(identity.face[0], faces[0].embedding)
-    assert identity.config.clip_layer == "penultimate"
+    assert torch.equal(identity["face"].value[0], faces[0].embedding)
+    assert identity["clip"].reading.output == "penultimate"
     with pytest.raises(errors.OptionError, match="Expected 2 weights"):
         run("InfiniteIDEncode", faces, clip_vision, "stack", "1")
 
 
 def test_the_embedded_adapter_takes_the_embedded_identity(pack, identity):
     (adapter,) = run("InfiniteIDAdapterLoader", EMBEDDED)
-    pack.infinite_id_core.method.adapter.check_identity(adapter.adapter.config, identity)
+    pack.infinite_id_core.method.adapter.check_identity(adapter.adapter, identity)
 
 
 def test_mix(pack, analysis, clip_vision, photo, identity):
@@ -279,7 +279,9 @@ def test_mix(pack, analysis, clip_vision, photo, identity):
     assert even.weight.tolist() == [1.0, 1.0]
     (between,) = run("InfiniteIDMix", identity, other, "interpolate", 0.5)
     assert between.references == 1
-    assert torch.allclose(between.clip, (identity.clip + other.clip) / 2, atol=1e-5)
+    assert torch.allclose(
+        between["clip"].value, (identity["clip"].value + other["clip"].value) / 2, atol=1e-5
+    )
     for mode in ("stack", "interpolate"):
         assert run("InfiniteIDMix", identity, other, mode, 0.0)[0] is identity
         assert run("InfiniteIDMix", identity, other, mode, 1.0)[0] is other
@@ -291,7 +293,9 @@ def test_save_and_load(identity, errors):
     loader = NODE_CLASS_MAPPINGS["InfiniteIDLoadIdentity"]
     assert file in loader.INPUT_TYPES()["required"]["file"][1]["options"]
     (loaded,) = run("InfiniteIDLoadIdentity", file)
-    assert torch.equal(loaded.clip, identity.clip) and torch.equal(loaded.face, identity.face)
+    assert torch.equal(loaded["clip"].value, identity["clip"].value) and torch.equal(
+        loaded["face"].value, identity["face"].value
+    )
     assert run("InfiniteIDSaveIdentity", identity, "anna", "keep both") == ("anna 2.safetensors",)
     with pytest.raises(errors.NameTakenError):
         run("InfiniteIDSaveIdentity", identity, "anna", "error")

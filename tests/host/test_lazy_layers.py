@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import nodes as host_nodes
 
-from .tiny_sdxl import CLIP_WIDTH, adapter_config, tiny_adapter, tiny_model
+from .tiny_sdxl import adapter_config, tiny_adapter, tiny_identity, tiny_model
 
 
 def lazily_made(layer: Any) -> Any:
@@ -84,14 +84,16 @@ def lazy_count(module: torch.nn.Module) -> int:
 def test_an_adapter_of_lazy_layers_is_the_adapter(pack: Any) -> None:
     core, model = pack.infinite_id_core, tiny_model()
     wanted = tiny_adapter(pack, model).adapter
-    empty = core.method.adapter.Adapter(adapter_config(pack), wanted.widths, LazyLayers)
+    empty = core.method.adapter.infinite_id_adapter(adapter_config(pack), wanted.widths, LazyLayers)
     assert not list(empty.parameters()) and empty.widths == wanted.widths
-    found = core.files.checkpoint.build_adapter(wanted.config, wanted.state_dict(), LazyLayers)
+    found = core.files.infinite_id_format.build_adapter(
+        wanted.config, wanted.state_dict(), LazyLayers
+    )
     assert lazy_count(found) == len(wanted.state_dict()) - 6  # the mappers' have two weights
     assert found.widths == wanted.widths and list(found.state_dict()) == list(wanted.state_dict())
-    face, clip = torch.randn(1, 512), torch.randn(1, 257, CLIP_WIDTH)
-    tokens = wanted.tokens(face, clip)
-    torch.testing.assert_close(found.tokens(face, clip), tokens)
+    who = tiny_identity(pack)
+    tokens = wanted.tokens(who)
+    torch.testing.assert_close(found.tokens(who), tokens)
     for path in wanted.widths:
         torch.testing.assert_close(found.key_value(path)(tokens), wanted.key_value(path)(tokens))
 
@@ -101,7 +103,9 @@ def test_a_tensor_too_few_for_lazy_layers_is_named(pack: Any) -> None:
     tensors = dict(adapter.state_dict())
     del tensors["face_mapper.proj_in.bias"]
     with pytest.raises(RuntimeError, match="face_mapper.proj_in.bias"):
-        pack.infinite_id_core.files.checkpoint.build_adapter(adapter.config, tensors, LazyLayers)
+        pack.infinite_id_core.files.infinite_id_format.build_adapter(
+            adapter.config, tensors, LazyLayers
+        )
 
 
 def test_the_embedded_adapter_without_its_file(
@@ -113,7 +117,7 @@ def test_the_embedded_adapter_without_its_file(
     state = adapter.state_dict()
     draw = pack.microworld.random_weights.seeded_state_dict
     with torch.device("meta"):
-        plain = type(adapter)(adapter.config, adapter.widths).state_dict()
+        plain = type(adapter)(adapter.config, adapter.make_projector, adapter.widths).state_dict()
     wanted = draw(plain, 0)
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
@@ -159,14 +163,14 @@ def test_the_micro_model_of_lazy_layers_paints_the_same(
 
 def stranger(pack: Any, config: Any) -> Any:
     """An identity that goes with an adapter of this configuration."""
-    core, generator = pack.infinite_id_core.method.identity, torch.Generator().manual_seed(1)
+    core, generator = pack.infinite_id_core.method.face_clip, torch.Generator().manual_seed(1)
     record = core.IdentityConfig(
         recogniser=config.recogniser,
         embedding=config.embedding,
         clip_model=config.clip_model,
         clip_layer=config.clip_layer,
     )
-    return core.Identity(
+    return core.face_clip_identity(
         face=torch.nn.functional.normalize(torch.randn(1, 512, generator=generator)),
         clip=torch.randn(1, 257, config.clip_width, generator=generator),
         weight=torch.ones(1),

@@ -226,7 +226,7 @@ def test_a_file_replaced_since_does_not_reach_the_second_device(
     pack: Any, host: Any, model: Any, adapter: Any, identity: Any, tmp_path: Any
 ) -> None:
     write, path = (
-        pack.infinite_id_core.files.checkpoint.write_adapter,
+        pack.infinite_id_core.files.infinite_id_format.write_adapter,
         tmp_path / "adapter.safetensors",
     )
     write(path, adapter.adapter)

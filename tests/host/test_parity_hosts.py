@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from infinite_id_core.hosts import diffusers_unet as host_diffusers
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.adapter import infinite_id_adapter
 from infinite_id_core.method.attention import StreamOptions
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.features import Feature, Reading
+from infinite_id_core.method.identity import Identity
+from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from microworld.comfy_models import unet_reference
 from trainer.models.unet import ldm_names, unet_config
@@ -162,14 +164,21 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def ours_of(feature: Any) -> Feature:
+    return Feature(reading=Reading(**vars(feature.reading)), value=feature.value)
+
+
 def both(pack: Any, host: Any, model: Any, count: int = 1) -> tuple[Any, Any, list[Any], list[Any]]:
     """Adapter and identities as the pack's objects and as ours (two imports of one module)."""
     theirs = tiny_sdxl.tiny_adapter(pack, model)
-    ours = Adapter(AdapterConfig(**vars(theirs.adapter.config)), theirs.adapter.widths)
+    ours = infinite_id_adapter(AdapterConfig(**vars(theirs.adapter.config)), theirs.adapter.widths)
     ours.load_state_dict(theirs.adapter.state_dict())
     identities = [tiny_sdxl.tiny_identity(pack, seed=3 + i, references=1 + i) for i in range(count)]
     same = [
-        Identity(face=i.face, clip=i.clip, weight=i.weight, config=IdentityConfig(**vars(i.config)))
+        Identity(
+            features={name: ours_of(feature) for name, feature in i.features.items()},
+            weight=i.weight,
+        )
         for i in identities
     ]
     return theirs, ours.requires_grad_(False), identities, same

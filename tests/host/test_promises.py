@@ -508,13 +508,12 @@ def test_misfits_are_named(
     shallow = tiny_model(transformer_depth_middle=1)
     with pytest.raises(errors.ModelMismatchError, match="mid_block"):
         host.apply_identity(shallow, adapter, identity)
-    stranger = pack.infinite_id_core.method.identity.Identity(
-        face=identity.face,
-        clip=identity.clip,
+    core = pack.infinite_id_core.method.face_clip
+    stranger = core.face_clip_identity(
+        face=identity["face"].value,
+        clip=identity["clip"].value,
         weight=identity.weight,
-        config=pack.infinite_id_core.method.identity.IdentityConfig(
-            recogniser="antelopev2/glintr100", clip_model="tiny"
-        ),
+        config=core.IdentityConfig(recogniser="antelopev2/glintr100", clip_model="tiny"),
     )
     with pytest.raises(errors.IdentityMismatchError, match="antelopev2.*|tiny"):
         host.apply_identity(model, adapter, stranger)

@@ -18,6 +18,7 @@ from .tiny_sdxl import conditioning, latent, tiny_adapter, tiny_identity, tiny_m
 
 FOLDERS = {"adapter": "infinite_id", "identity": "infinite_id_identities"}
 LOADERS = {"adapter": "InfiniteIDAdapterLoader", "identity": "InfiniteIDLoadIdentity"}
+INPUTS = {"adapter": "adapter", "identity": "identity", "features": "identity"}
 APPLY = {
     "strength": 1.0,
     "mixing": "mixed",
@@ -41,8 +42,8 @@ def errors(pack: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(pack: Any) -> Any:
-    return pack.infinite_id_core.files.checkpoint
+def files(pack: Any) -> Any:
+    return pack.infinite_id_core.files
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,10 @@ def test_the_nodes_refuse_bad_files(
     tmp_path: Path,
 ) -> None:
     harm = tmp_path / "harm"
-    path = place(kind, data=hostile_files.build(kind, name, harm))
+    path = place(INPUTS[kind], data=hostile_files.build(kind, name, harm))
     with pytest.raises(errors.FileError) as caught:
         # As a workflow has it: what the loader gives goes into Apply.
-        apply(model, **{**good, kind: load(kind)})
+        apply(model, **{**good, INPUTS[kind]: load(INPUTS[kind])})
     assert type(caught.value).__name__ == hostile_files.THREATS[name].error
     assert str(caught.value).startswith(f"{path}: ")
     assert not harm.exists()
@@ -174,10 +175,10 @@ def test_the_nodes_look_into_their_folders_only(
 
 
 def test_an_adapter_of_another_unet(
-    pack: Any, errors: Any, place: Any, checkpoint: Any, model: Any, good: Any
+    pack: Any, errors: Any, place: Any, files: Any, model: Any, good: Any
 ) -> None:
     path, kept = place("adapter"), state(model)
-    checkpoint.write_adapter(path, good["adapter"].adapter)
+    files.infinite_id_format.write_adapter(path, good["adapter"].adapter)
     other = tiny_model(transformer_depth=[0, 0, 1, 1, 3, 3])
     unpatched = state(other)
     with pytest.raises(errors.ModelMismatchError, match="another UNet"):
@@ -200,14 +201,16 @@ def test_an_identity_of_another_encoder(errors: Any, place: Any, model: Any, goo
 
 
 def test_good_files_paint_what_they_were_written_from(
-    checkpoint: Any, place: Any, model: Any, good: Any
+    files: Any, place: Any, model: Any, good: Any
 ) -> None:
-    checkpoint.write_adapter(place("adapter", "sub/good.safetensors"), good["adapter"].adapter)
-    checkpoint.write_identity(place("identity", "Änne 安娜.safetensors"), good["identity"])
+    files.infinite_id_format.write_adapter(
+        place("adapter", "sub/good.safetensors"), good["adapter"].adapter
+    )
+    files.identities.write_identity(place("identity", "Änne 安娜.safetensors"), good["identity"])
     adapter = load("adapter", "sub/good.safetensors")
     identity = load("identity", "Änne 安娜.safetensors")
     assert adapter.adapter.config == good["adapter"].adapter.config
-    assert torch.equal(identity.clip, good["identity"].clip)
+    assert torch.equal(identity["clip"].value, good["identity"]["clip"].value)
     kept, plain = state(model), sample(model)
     found = sample(apply(model, adapter, identity))
     written = sample(apply(model, good["adapter"], good["identity"]))
@@ -218,11 +221,11 @@ def test_good_files_paint_what_they_were_written_from(
 
 
 def test_a_refused_file_leaves_the_last_good_one_usable(
-    errors: Any, checkpoint: Any, place: Any, model: Any, good: Any
+    errors: Any, files: Any, place: Any, model: Any, good: Any
 ) -> None:
     """The file is replaced by a bad one while its first contents are in use."""
     path = place("identity")
-    checkpoint.write_identity(path, good["identity"])
+    files.identities.write_identity(path, good["identity"])
     identity = load("identity")
     mark = node("InfiniteIDLoadIdentity").fingerprint_inputs("file.safetensors")
     picture = sample(apply(model, good["adapter"], identity))

@@ -107,16 +107,16 @@ def test_the_run_after_a_training_paints_with_the_new_weights(
     pack: Any, executor: Executor, files: dict[str, Path]
 ) -> None:
     """The trainer writes every adapter under one name."""
-    checkpoint = pack.infinite_id_core.files.checkpoint
+    core = pack.infinite_id_core.files
 
     def bias() -> float:
         assert not failures(executor.run(prompt_of("adapter"), ["out"]))
         return float(Kept.last.adapter.face_mapper.norm.bias[0])
 
     before = bias()
-    trained = checkpoint.read_adapter(files["adapter"])
+    trained = core.adapters.read_adapter(files["adapter"])
     trained.face_mapper.norm.bias.data += 1.0
-    checkpoint.write_adapter(files["adapter"], trained)
+    core.infinite_id_format.write_adapter(files["adapter"], trained)
     assert bias() == pytest.approx(before + 1.0, abs=1e-2)
 
 

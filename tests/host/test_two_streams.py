@@ -82,7 +82,7 @@ class World:
         last = sampling.percent_to_sigma(end)
         sides = []
         null = torch.zeros(1, 512), torch.zeros(1, 257, CLIP_WIDTH)
-        who = self.identity.face, self.identity.clip
+        who = self.identity["face"].value, self.identity["clip"].value
         for cond, features in ((self.positive, who), (self.negative, null)):
             text, extra = cond[0]
             y = self.model.model.encode_adm(

@@ -108,7 +108,7 @@ def latent(rows: int, size: int = 16, seed: int = 5) -> torch.Tensor:
 
 
 def adapter_config(pack: Any) -> Any:
-    return pack.infinite_id_core.method.adapter.AdapterConfig(
+    return pack.infinite_id_core.method.records.AdapterConfig(
         clip_width=CLIP_WIDTH, context_width=CONTEXT, recogniser="tiny", clip_model="tiny"
     )
 
@@ -121,17 +121,19 @@ def tiny_adapter(pack: Any, model: Any, seed: int = 9) -> Any:
     widths = {layer.path: layer.width for layer in host.model_layers(model)}
     config = adapter_config(pack)
     with torch.device("meta"):
-        shapes = pack.infinite_id_core.method.adapter.Adapter(config, widths).state_dict()
-    build = pack.infinite_id_core.files.checkpoint.build_adapter
+        shapes = pack.infinite_id_core.method.adapter.infinite_id_adapter(
+            config, widths
+        ).state_dict()
+    build = pack.infinite_id_core.files.infinite_id_format.build_adapter
     weights = random_weights(shapes, seed, gain=1.0)
     return host.LoadedAdapter(build(config, weights, comfy.ops.manual_cast))
 
 
 def tiny_identity(pack: Any, seed: int = 3, references: int = 1) -> Any:
-    core = pack.infinite_id_core.method.identity
+    core = pack.infinite_id_core.method.face_clip
     generator = torch.Generator().manual_seed(seed)
     face = torch.nn.functional.normalize(torch.randn(references, 512, generator=generator), dim=1)
-    return core.Identity(
+    return core.face_clip_identity(
         face=face,
         clip=torch.randn(references, 257, CLIP_WIDTH, generator=generator),
         weight=torch.ones(references),

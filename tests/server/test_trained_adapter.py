@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from tools.comfy_live import ComfyServer
 from tools.make_workflows import FOLDER
 from tools.workflow_parts import REFERENCE

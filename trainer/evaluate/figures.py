@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.files.atomic import replacing
 from infinite_id_core.packages import require
 
 from ..errors import disk_errors

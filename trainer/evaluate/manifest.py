@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from infinite_id_core.errors import FileMissingError
+from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.cells import csv_cell, from_csv_cell
-from infinite_id_core.files.checkpoint import replacing
 
 from ..errors import ManifestError, MissingPicturesError, disk_errors
 from ..texts import decode_text

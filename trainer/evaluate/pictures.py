@@ -24,6 +24,7 @@ from infinite_id_core.errors import NoFaceError, OptionError
 from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, sample
 from infinite_id_core.method.adapter import Adapter
+from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity
 
 from ..config import Encoder
@@ -227,12 +228,11 @@ class _Painter:
         return [AppliedIdentity(adapter=adapter, identity=identity, strength=method.strength)]
 
     def _identity(self, adapter: Adapter, photos: tuple[Path, ...]) -> Identity:
-        config = adapter.config
-        key = (photos, config.clip_model, config.clip_layer, config.embedding)
+        options, model = EncodeOptions.of_needs(adapter.needs), adapter.needs[CLIP].model
+        key = (photos, model, options.clip_layer, options.embedding)
         if key not in self.identities:
             faces = [self._face(photo) for photo in photos]
-            options = EncodeOptions(clip_layer=config.clip_layer, embedding=config.embedding)
-            self.identities[key] = encode_faces(faces, self._clip(config.clip_model), options)
+            self.identities[key] = encode_faces(faces, self._clip(model), options)
         return self.identities[key]
 
     def _face(self, photo: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.cells import (
     code_cell,
     csv_cell,
@@ -21,7 +22,6 @@ from infinite_id_core.files.cells import (
     shown_path,
     without_folders,
 )
-from infinite_id_core.files.checkpoint import replacing
 from infinite_id_core.scores.metrics import (
     BootstrapOptions,
     Interval,

@@ -16,7 +16,7 @@ from infinite_id_core.errors import FaceModelError
 from infinite_id_core.faces.align import crop_matrix
 from infinite_id_core.faces.detect import DetectedFace, detect_faces
 from infinite_id_core.faces.pack import PROVIDERS, load_face_models, recogniser_name
-from infinite_id_core.method.identity import FACE_WIDTH
+from infinite_id_core.method.face_clip import FACE_WIDTH
 
 from .manifest import file_sha256, fingerprint_of
 from .photo import Picture

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.files.atomic import replacing
 
 from ..errors import disk_errors
 

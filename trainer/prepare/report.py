@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.files.atomic import replacing
 from infinite_id_core.packages import require
 
 from ..config import Data

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.pack import find_pack
-from infinite_id_core.files.checkpoint import replacing
+from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.pictures import readable_formats
 
 from ..errors import NoFacesError, NoPairsError, disk_errors

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.faces.detect import DetectedFace
-from infinite_id_core.files.checkpoint import replacing
-from infinite_id_core.method.identity import FACE_WIDTH
+from infinite_id_core.files.atomic import replacing
+from infinite_id_core.method.face_clip import FACE_WIDTH
 
 from ..errors import DatasetError, disk_errors
 from ..index_file import SCHEMA, table_of

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infinite_id_core.errors import FileError, NotFiniteError
-from infinite_id_core.files.checkpoint import read_header, replacing
+from infinite_id_core.files.atomic import replacing
+from infinite_id_core.files.safetensors_file import read_header
 
 from ..errors import disk_errors
 from ..files import locked

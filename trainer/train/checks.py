@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from infinite_id_core.errors import ModelMismatchError
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import unet_layers
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.adapter import Adapter
+from infinite_id_core.method.records import AdapterConfig
 
 from ..config import Device, FileDtype, Precision, TrainConfig
 from ..data_index import Dataset
@@ -202,9 +203,10 @@ def adapter_to_start_from(
     before = read_adapter(path)
     same = ("clip_width", "context_width", "face_tokens", "recogniser", "clip_model", "clip_layer",
             "embedding")  # fmt: skip
-    wrong = [n for n in same if getattr(before.config, n) != getattr(recorded, n)]
+    earlier, now = before.config.to_json(), recorded.to_json()
+    wrong = [n for n in same if earlier.get(n) != now[n]]
     if wrong or before.widths != widths:
-        pairs = [f"{n}: {getattr(before.config, n)!r}, now {getattr(recorded, n)!r}" for n in wrong]
+        pairs = [f"{n}: {earlier.get(n)!r}, now {now[n]!r}" for n in wrong]
         raise ModelMismatchError(
             f"{path}: cannot go on from this adapter "
             f"({'; '.join(pairs) or 'it was made for a UNet of another shape'})."

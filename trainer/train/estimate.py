@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from infinite_id_core.hosts.diffusers_unet import identity_training, unet_layers
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
-from infinite_id_core.method.identity import CLIP_TOKENS
+from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
+from infinite_id_core.method.face_clip import CLIP_TOKENS
+from infinite_id_core.method.records import AdapterConfig
 
 from ..config import TrainConfig
 from ..data_index import Dataset
@@ -156,7 +157,9 @@ def estimate_memory(config: TrainConfig, unet: Any) -> Estimate:
         face_tokens=config.adapter.face_tokens,
     )
     with torch.device("meta"):
-        adapter = Adapter(recorded, {layer.path: layer.width for layer in unet_layers(unet)})
+        adapter = infinite_id_adapter(
+            recorded, {layer.path: layer.width for layer in unet_layers(unet)}
+        )
     parameters = sum(p.numel() for p in adapter.parameters())
     state = state_bytes(options.kind, adapter.parameters())
     copies = 0 if options.precision == "fp32" else 2
@@ -196,9 +199,9 @@ def measure_pass(
     sample = {
         "timestep": torch.zeros(batch, dtype=torch.long, device=device),
         "size_ids": torch.zeros(batch, 6, device=device),
-        "face": torch.zeros(batch, adapter.config.face_width, device=device),
-        "clip": torch.zeros(batch, CLIP_TOKENS, adapter.config.clip_width, device=device),
     }
+    for name, reading in adapter.needs.items():
+        sample[name] = torch.zeros(batch, *reading.shape, device=device)
     if text_tokens:
         width = adapter.config.context_width
         sample["context"] = torch.zeros(batch, text_tokens, width, device=device)

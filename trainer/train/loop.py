@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import InfiniteIDError
-from infinite_id_core.files.checkpoint import write_adapter
+from infinite_id_core.files.infinite_id_format import write_adapter
 from infinite_id_core.hosts.diffusers_unet import identity_training, text_projections, unet_layers
-from infinite_id_core.method.adapter import Adapter, AdapterConfig
+from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
+from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.packages import require
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 
@@ -294,7 +295,7 @@ def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adap
     widths = {layer.path: layer.width for layer in unet_layers(unet)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        adapter = Adapter(recorded, widths)
+        adapter = infinite_id_adapter(recorded, widths)
     if not config.adapter.start_from:
         adapter.copy_text_projections(text_projections(unet))
         return adapter

@@ -63,8 +63,7 @@ class TrainingModel(nn.Module):
         """
         unet = self._frozen[0]
         rows = noisy.shape[0]
-        tokens = self.adapter.tokens(batch["face"], batch["clip"].float())
-        tokens = tokens.reshape(rows, -1, tokens.shape[-1])
+        tokens = self.adapter.projector({n: batch[n].float() for n in self.adapter.needs})
         if "context" in batch:
             tokens = torch.cat([batch["context"].to(tokens.dtype), tokens], dim=1)
         pooled = batch.get("pooled")

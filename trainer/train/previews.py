@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, SamplingOptions, sample
 from infinite_id_core.method.adapter import Adapter
-from infinite_id_core.method.identity import Identity, IdentityConfig
+from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.identity import Identity
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 
 from ..config import TrainConfig
@@ -122,7 +123,7 @@ class Previewer:
         encoder, row = self.config.encoder, self.plan.dataset.row(row_number)
         face = normalize(raw, dim=0) if encoder.embedding == "normed" else raw
         clip = self.caches.clip.read(self.keys.clip(row))
-        return Identity(
+        return face_clip_identity(
             face=face[None].to(self.device),
             clip=clip[None].to(self.device),
             weight=torch.ones(1),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileError
-from infinite_id_core.files.checkpoint import read_adapter, write_adapter
+from infinite_id_core.files.adapters import read_adapter
+from infinite_id_core.files.infinite_id_format import write_adapter
 
 from ..config import TrainConfig
 from ..errors import ResumeError, disk_errors
