@@ -42,8 +42,8 @@ class Identity:
         """A feature by its name. Raises ``IdentityMismatchError`` where it has none of it."""
         if name not in self.features:
             raise IdentityMismatchError(
-                f"This identity has no {name!r}, only {', '.join(sorted(self.features))}. Make it "
-                "again with the encoders that what you connect it to needs."
+                f"This identity has no {name!r}, only {', '.join(sorted(self.features))}. Make the "
+                "identity again, with the encoders that the adapter names."
             )
         return self.features[name]
 
