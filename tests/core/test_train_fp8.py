@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from infinite_id_core.files.checkpoint import read_adapter
+from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
 from trainer.config import TrainConfig, parse_config
 from trainer.errors import ConfigValueError, ResumeError
