@@ -185,7 +185,7 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from torch.nn.functional import mse_loss
 
     from infinite_id_core.encoders.clip_vision import hidden_states
-    from infinite_id_core.hosts.diffusers_unet import identity_training
+    from infinite_id_core.hosts.diffusers_train import identity_training
     from trainer.data_index import Dataset
     from trainer.models.text import TOKENS, load_text_encoders
     from trainer.models.vae import load_vae

@@ -1,4 +1,4 @@
-"""One guided step of the exact two streams against plain SDXL on the same UNet (goal: 2.2x).
+"""One guided step of two streams (goal: 2.2x) and of one (1.03x) against plain SDXL, one UNet.
 
     .venv/bin/python benchmarks/two_streams.py                     # arithmetic, nothing is run
     .venv/bin/python benchmarks/two_streams.py --time --size 512   # seconds; needs 12 GB of memory
@@ -79,7 +79,8 @@ def adapter_and_identity(model: Any, device: Any, dtype: Any) -> tuple[Any, Any]
     import comfy.ops
     import torch
 
-    from infinite_id_core.hosts.comfyui import LoadedAdapter, model_layers
+    from infinite_id_core.hosts.comfyui import model_layers
+    from infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
     from infinite_id_core.method.adapter import infinite_id_adapter
     from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
     from infinite_id_core.method.records import AdapterConfig
@@ -104,27 +105,41 @@ def adapter_and_identity(model: Any, device: Any, dtype: Any) -> tuple[Any, Any]
 
 
 def count(size: int) -> None:
-    """Operations of one guided step: two rows plain, four rows in two streams."""
+    """Operations of one guided step: two rows plain and in one stream, four in two streams."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from infinite_id_core.hosts.comfyui import Run, apply_identity, streams_of
+    from infinite_id_core.hosts.comfyui import apply_identity, streams_of
+    from infinite_id_core.hosts.comfyui_run import SamplingRun
+    from infinite_id_core.method.attention import StreamOptions
 
     meta = torch.device("meta")
     model = sdxl(meta, torch.float16)
     adapter, identity = adapter_and_identity(model, meta, torch.float16)
-    patched = apply_identity(model, adapter, identity)
     conds = {k: [{"uuid": k}] for k in ("positive", "negative")}
-    guider = SimpleNamespace(model_patcher=patched, conds=conds, model_options={})
-    streams = streams_of(patched)
-    assert streams is not None
-    run = Run(streams, guider, [1, 4, size // 8, size // 8])
-    options = run.patched_options(
-        {"transformer_options": {}}, [conds["positive"], conds["negative"]], run.active(1.0)
-    )["transformer_options"]
+
+    def patches(stream_options: StreamOptions) -> dict[str, Any]:
+        patched = apply_identity(model, adapter, identity, options=stream_options)
+        guider = SimpleNamespace(model_patcher=patched, conds=conds, model_options={})
+        streams = streams_of(patched)
+        assert streams is not None
+        shape = [1, 4, size // 8, size // 8]
+        run = SamplingRun(streams.applied, streams.options, streams.layers, guider, shape)
+        run.state.asked_rows = 1
+        options: dict[str, Any] = run.patched_options(
+            {"transformer_options": {}},
+            [conds["positive"], conds["negative"]],
+            run.identities.active(1.0),
+            "both" if run.identities.two_streams else "one",
+        )["transformer_options"]
+        return options
 
     def operations(rows: int, transformer_options: dict[str, Any]) -> int:
-        extra = {"cond_or_uncond": [1, 0], "uuids": ["negative", "positive"]}
+        extra = {
+            "cond_or_uncond": [1, 0],
+            "uuids": ["negative", "positive"],
+            "original_shape": [rows, 4, size // 8, size // 8],
+        }
         half = {"device": meta, "dtype": torch.float16}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.model.diffusion_model(
@@ -137,12 +152,17 @@ def count(size: int) -> None:
         return counter.get_total_flops()
 
     plain = operations(2, {})
+    options = patches(StreamOptions())
     first, later = operations(4, options), operations(4, options)
+    options = patches(StreamOptions(mixing="off"))
+    one_first, one_later = operations(2, options), operations(2, options)
     print(f"SDXL, {size} px, one guided step (positive and negative), batch 1")
     print(f"{'':24}{'TFLOP':>9}{'ratio':>8}")
     print(f"{'plain SDXL':24}{plain / 1e12:9.3f}{1:8.3f}")
     print(f"{'two streams, first step':24}{first / 1e12:9.3f}{first / plain:8.3f}")
     print(f"{'two streams, later':24}{later / 1e12:9.3f}{later / plain:8.3f}")
+    print(f"{'one stream, first step':24}{one_first / 1e12:9.3f}{one_first / plain:8.3f}")
+    print(f"{'one stream, later':24}{one_later / 1e12:9.3f}{one_later / plain:8.3f}")
 
 
 def clock(size: int, steps: int, pairs: int) -> None:
@@ -164,6 +184,7 @@ def clock(size: int, steps: int, pairs: int) -> None:
         "shared": apply_identity(
             model, adapter, identity, options=StreamOptions(text_stream="shared")
         ),
+        "one": apply_identity(model, adapter, identity, options=StreamOptions(mixing="off")),
     }
     latent = torch.zeros(1, 4, size // 8, size // 8)
     text = [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]]

@@ -202,7 +202,7 @@ class Studio:
     @torch.no_grad()
     def pictures(self, person: int, row: Row) -> NDArray[np.uint8]:
         """The person in all prompts: uint8 [PROMPTS, 128, 128, 3]."""
-        from infinite_id_core.hosts.diffusers_unet import (
+        from infinite_id_core.hosts.diffusers_sample import (
             AppliedIdentity,
             NegativePass,
             SamplingOptions,

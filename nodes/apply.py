@@ -20,7 +20,7 @@ from .models import Adapter, IdentityType
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
     from ..infinite_id_core.method.identity import Identity
 
 

@@ -11,7 +11,7 @@ from ..infinite_id_core.faces.pack import Provider, load_face_models
 from ..microworld import comfy_models, files, random_weights
 
 if TYPE_CHECKING:
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
 
 EMBEDDED = "microworld (embedded)"
 
@@ -34,7 +34,8 @@ def adapter() -> LoadedAdapter:
     import comfy.ops
 
     from ..infinite_id_core.files.infinite_id_format import build_adapter
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter, load_adapter, model_layers
+    from ..infinite_id_core.hosts.comfyui import model_layers
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter, load_adapter
     from ..infinite_id_core.method.adapter import infinite_id_adapter
     from ..infinite_id_core.method.records import AdapterConfig
 

@@ -74,7 +74,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_adapter(value: Any) -> bool:
-    from ..infinite_id_core.hosts.comfyui import LoadedAdapter
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
 
     return isinstance(value, LoadedAdapter)
 

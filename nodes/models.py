@@ -187,7 +187,7 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        from ..infinite_id_core.hosts.comfyui import load_adapter
+        from ..infinite_id_core.hosts.comfyui_adapter import load_adapter
 
         if file == EMBEDDED:
             return io.NodeOutput(embedded.adapter())

@@ -33,8 +33,8 @@ from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.find import FaceOptions, find_faces_in_batch
 from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.files.pictures import read_picture
-from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, SamplingOptions
-from infinite_id_core.hosts.diffusers_unet import sample as sample_latents
+from infinite_id_core.hosts.diffusers_sample import AppliedIdentity, Prompt, SamplingOptions
+from infinite_id_core.hosts.diffusers_sample import sample as sample_latents
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.identity import Identity

@@ -26,13 +26,13 @@ from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.identities import read_identity
-from infinite_id_core.hosts.diffusers_unet import (
+from infinite_id_core.hosts.diffusers_sample import (
     AppliedIdentity,
     Prompt,
     SamplingOptions,
     sample,
-    unet_layers,
 )
+from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
 from infinite_id_core.method.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
 from infinite_id_core.method.face_clip import CLIP

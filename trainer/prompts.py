@@ -12,7 +12,7 @@ from infinite_id_core.errors import ModelMismatchError, WrongFormatError, WrongS
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.safetensors_file import json_object, open_safetensors, save_tensors
 from infinite_id_core.files.system import writing
-from infinite_id_core.hosts.diffusers_unet import Prompt
+from infinite_id_core.hosts.diffusers_sample import Prompt
 
 FORMAT = "infinite-id-prompts"
 

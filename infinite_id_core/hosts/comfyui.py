@@ -10,6 +10,8 @@ every cond's rows are the text stream's followed by the identity stream's, whate
 into calls. ``own`` doubles the rows around the sampler (SAMPLER_SAMPLE), parts them around each
 of its evaluations (PREDICT_NOISE) and joins them for the model (CALC_COND_BATCH), so that other
 packs' guidance and wrappers see one stream's rows; ``shared`` doubles them for the model alone.
+With ``mixing`` off nobody reads the text stream: it has no rows, and only cross-attention is
+patched.
 """
 
 from __future__ import annotations
@@ -19,134 +21,27 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.model_patcher
-import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..errors import AdapterNotCarriedError, NotSDXLError, StreamConflictError
-from ..files.adapters import read_adapter
-from ..method.adapter import Adapter, check_identity, check_layers
+from ..errors import NotSDXLError, StreamConflictError
+from ..method.adapter import check_identity, check_layers
 from ..method.attention import StreamOptions
 from ..method.identity import Identity
-from ..method.streams import IdentityPlacement, identity_half, twice
+from ..method.rows import identity_half, twice
 from ..sdxl.layers import CrossAttentionLayer, layers_from_ldm
+from .comfyui_adapter import KEY, AppliedIdentity, LoadedAdapter
 from .comfyui_others import Options
 from .comfyui_rows import Conds, fit_rows
-from .comfyui_run import KEY, Run, run_of
+from .comfyui_run import SamplingRun, run_of
 from .text_latents import TextLatents
 
 _log = logging.getLogger(__name__)
 _text_latents = TextLatents()
-
-
-# --- what a model carries --------------------------------------------------------------------
-
-
-class LoadedAdapter:
-    """An adapter whose weights live under ComfyUI's memory management.
-
-    A model on another GPU carries a module of its own over the same weights: ``carried_by``.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.patcher = _managed(adapter, adapter, comfy.model_management.get_torch_device())
-        self._elsewhere: dict[torch.device, ModelPatcher] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedAdapter:
-        return self
-
-    def patcher_for(self, device: torch.device) -> ModelPatcher:
-        """What a model that runs on ``device`` carries; the same object at each call."""
-        if device == self.patcher.load_device:
-            return self.patcher
-        if device not in self._elsewhere:
-            patcher = _managed(_copied(self.adapter), self.adapter, device)
-            if hasattr(self.patcher, "clone_base_uuid"):  # by this ComfyUI matches copies
-                patcher.clone_base_uuid = self.patcher.clone_base_uuid
-            self._elsewhere[device] = patcher
-        return self._elsewhere[device]
-
-    def carried_by(self, model: ModelPatcher) -> Adapter | None:
-        """The module that ``model`` carries, which only that model's own thread may run."""
-        for patcher in model.get_additional_models_with_key(KEY):
-            if patcher.get_attachment(KEY) is self.adapter:
-                module: Adapter = patcher.model
-                return module
-        return None
-
-    def in_call(self, guider: Any, extra: Options) -> Adapter:
-        """The module that an attention patch may run.
-
-        ``guider`` is the run's, ``extra`` what ComfyUI gave to the patch. On several GPUs each
-        has a model and a thread of its own and calls the patches at the same time as the others,
-        so that neither modules nor what they computed may be shared. Raises
-        ``AdapterNotCarriedError``.
-        """
-        device = extra.get("multigpu_thread_device")
-        model = (guider.model_options.get("multigpu_clones") or {}).get(device)
-        if model is None:
-            return self.carried_by(guider.model_patcher) or self.adapter
-        module = self.carried_by(model)
-        if module is None:
-            raise AdapterNotCarriedError(
-                f"The copy of the model on {device} came without its copy of the adapter: another "
-                "node made this copy, or took the adapter out of it. Put that node before "
-                "Infinite-ID Apply, or use ComfyUI's own MultiGPU CFG Split, which may stand on "
-                "either side."
-            )
-        return module
-
-
-def _managed(
-    adapter: Adapter, original: Adapter, device: torch.device, disable_dynamic: bool = False
-) -> ModelPatcher:
-    """``adapter`` in the kind of patcher ComfyUI takes for its own models (dynamic VRAM's or not).
-
-    ``original`` is the adapter of which it is a copy, or itself: by it ``LoadedAdapter`` knows
-    every patcher that ComfyUI makes out of this one.
-    """
-    kind = ModelPatcher
-    if not disable_dynamic:
-        kind = getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    offload_device = comfy.model_management.unet_offload_device()
-    patcher = kind(adapter, load_device=device, offload_device=offload_device)
-    patcher.set_attachments(KEY, original)
-    # How ComfyUI makes it again for another GPU. Not from the file, which may be another by now.
-    patcher.cached_patcher_init = (_managed_again, (original, device))
-    return patcher
-
-
-def _managed_again(
-    original: Adapter, device: torch.device, disable_dynamic: bool = False
-) -> ModelPatcher:
-    return _managed(_copied(original), original, device, disable_dynamic)
-
-
-def _copied(adapter: Adapter) -> Adapter:
-    """Another module with the same weights; where these are not in use, the two share them."""
-    rest = comfy.model_management.unet_offload_device()
-    tensors = {name: tensor.to(rest) for name, tensor in adapter.state_dict().items()}
-    return adapter.rebuilt(tensors, comfy.ops.manual_cast)
-
-
-def load_adapter(path: str | Path) -> LoadedAdapter:
-    """Read an adapter file for ComfyUI. Raises a subclass of ``FileError``."""
-    return LoadedAdapter(read_adapter(path, comfy.ops.manual_cast))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AppliedIdentity(IdentityPlacement):
-    """One Apply: an identity, where it speaks, and the adapter that reads it."""
-
-    adapter: LoadedAdapter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,11 +65,6 @@ class TwoStreams:
             WrappersMP.CALC_COND_BATCH: self.calc_cond_batch,
         }
 
-    @property
-    def own(self) -> bool:
-        """Whether the text stream has a trajectory of its own."""
-        return self.options.text_stream == "own"
-
     def outer_sample(
         self,
         executor: Any,
@@ -187,12 +77,12 @@ class TwoStreams:
     ) -> Tensor:
         """Around the whole run: open it, hand the text stream's latent on, close it at any end."""
         guider = executor.class_obj
-        run = Run(self, guider, noise.shape)
+        run = SamplingRun(self.applied, self.options, self.layers, guider, noise.shape)
         options = guider.model_options  # ComfyUI's copy for this run only
         transformer = options["transformer_options"]
         wrappers = _placed(transformer.get("wrappers", {}))
         options["transformer_options"] = {**transformer, KEY: run, "wrappers": wrappers}
-        if self.own:
+        if run.identities.own:
             self._go_on(run, noise, latent_image)
         try:
             result: Tensor = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -202,7 +92,7 @@ class TwoStreams:
             run.close()
         return result
 
-    def _go_on(self, run: Run, noise: Tensor, latent_image: Tensor) -> None:
+    def _go_on(self, run: SamplingRun, noise: Tensor, latent_image: Tensor) -> None:
         """Where this run continues another one, the text stream continues its own."""
         if bool(torch.count_nonzero(latent_image)):
             text = _text_latents.find(latent_image)
@@ -218,8 +108,9 @@ class TwoStreams:
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Sequence[int], *args: Any, **kwargs: Any
     ) -> Any:
-        """Tell the host the true batch of a model call, which is doubled later."""
-        return executor(model, [noise_shape[0] * 2, *noise_shape[1:]], *args, **kwargs)
+        """Tell the host the true batch of a model call, which two streams double later."""
+        rows = noise_shape[0] * (1 if self.options.mixing == "off" else 2)
+        return executor(model, [rows, *noise_shape[1:]], *args, **kwargs)
 
     def sampler_sample(
         self,
@@ -236,7 +127,7 @@ class TwoStreams:
     ) -> Tensor:
         """Around the sampler: ``own`` gives it the rows of both streams, with the same draws."""
         run = run_of(extra_args["model_options"])
-        if run is None or not self.own:
+        if run is None or not run.identities.own:
             rest = (noise, latent_image, denoise_mask, *args)
             return executor(guider, sigmas, extra_args, callback, *rest, **kwargs)  # type: ignore[no-any-return]
         model = guider.inner_model
@@ -269,7 +160,7 @@ class TwoStreams:
     ) -> Tensor:
         """Around each evaluation of the sampler: one of the guider's for each stream."""
         run = run_of(model_options or {})
-        if run is None or not self.own:
+        if run is None or not run.identities.own:
             return executor(x, timestep, model_options, seed, *args, **kwargs)  # type: ignore[no-any-return]
 
         def predict(
@@ -315,7 +206,7 @@ def _placed(wrappers: dict[str, dict[Any, list[Any]]]) -> dict[str, dict[Any, li
     return placed
 
 
-def _identity_preview(callback: Callable[..., None], run: Run) -> Callable[..., None]:
+def _identity_preview(callback: Callable[..., None], run: SamplingRun) -> Callable[..., None]:
     """A sampler's callback that sees the person's rows, and whose random draws are its own."""
 
     def half(value: Any) -> Any:
@@ -340,7 +231,7 @@ def apply_identity(
     end_percent: float = 1.0,
     mask: Tensor | None = None,
 ) -> ModelPatcher:
-    """A clone of ``model`` in which ``identity`` speaks; ``model`` itself is untouched.
+    """A clone of ``model`` in which ``identity`` takes effect; ``model`` itself is untouched.
 
     On a model that already has an identity this adds a second one to the same two streams.
     ``mask`` is ``[1 or batch, H, W]``. ``strength`` 0 adds nothing.

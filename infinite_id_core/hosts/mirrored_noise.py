@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from ..method.streams import twice
+from ..method.rows import twice
 
 _LIKE = (torch.randn_like, torch.rand_like, torch.randint_like)
 _OF_SIZE = (torch.randn, torch.rand, torch.randint, torch.normal)

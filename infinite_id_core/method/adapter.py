@@ -136,7 +136,8 @@ class Adapter(nn.Module):
             {name: value.to(device=device, dtype=dtype) for name, value in features.items()}
         )
         assert tokens.shape[1] == self.projector.tokens_per_reference, "as the projector says"
-        if not bool(tokens.isfinite().all()):
+        # Tensors without data have nothing to look at.
+        if not tokens.is_meta and not bool(tokens.isfinite().all()):
             raise FeatureError(_too_large(features))
         return tokens.reshape(1, -1, tokens.shape[-1])
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.hosts.diffusers_unet import (
+from infinite_id_core.hosts.diffusers_sample import (
     AppliedIdentity,
     NegativePass,
     Prompt,
     SamplingOptions,
     sample,
-    text_projections,
-    unet_layers,
 )
+from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
 from infinite_id_core.method.adapter import infinite_id_adapter
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity

@@ -13,15 +13,14 @@ import infinite_id_core.method.adapter
 from infinite_id_core import errors
 from infinite_id_core.files import adapters, store
 from infinite_id_core.files.identities import read_identity
-from infinite_id_core.hosts.diffusers_unet import (
+from infinite_id_core.hosts.diffusers_sample import (
     AppliedIdentity,
     Prompt,
     SamplingOptions,
-    identity_training,
     sample,
-    text_projections,
-    unet_layers,
 )
+from infinite_id_core.hosts.diffusers_train import identity_training
+from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
 from infinite_id_core.method.adapter import check_identity, infinite_id_adapter
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity

@@ -18,7 +18,7 @@ from infinite_id_core.errors import (
     ModelMismatchError,
 )
 from infinite_id_core.files.adapters import read_adapter
-from infinite_id_core.hosts.diffusers_unet import Prompt
+from infinite_id_core.hosts.diffusers_sample import Prompt
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.errors import BusyError, FilterError, ResumeError

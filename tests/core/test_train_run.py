@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from infinite_id_core.errors import MissingPackageError, ModelMismatchError, NotFiniteError
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.safetensors_file import read_header
-from infinite_id_core.hosts.diffusers_unet import identity_training, text_projections, unet_layers
+from infinite_id_core.hosts.diffusers_train import identity_training
+from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from trainer.__main__ import main
 from trainer.config import TrainConfig

@@ -16,7 +16,7 @@ import torch
 
 from infinite_id_core.errors import NotFiniteError
 from infinite_id_core.files.safetensors_file import read_header
-from infinite_id_core.hosts.diffusers_unet import default_size_ids
+from infinite_id_core.hosts.diffusers_sample import default_size_ids
 from trainer.config import Data
 from trainer.data_index import Dataset
 from trainer.errors import DiskFullError, NoPairsError, ShardDamagedError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from infinite_id_core.hosts.diffusers_unet import Prompt
+from infinite_id_core.hosts.diffusers_sample import Prompt
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.prompts import PromptFile, write_prompts

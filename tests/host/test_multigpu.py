@@ -230,7 +230,7 @@ def test_a_file_replaced_since_does_not_reach_the_second_device(
         tmp_path / "adapter.safetensors",
     )
     write(path, adapter.adapter)
-    loaded = host.load_adapter(path)
+    loaded = pack.infinite_id_core.hosts.comfyui_adapter.load_adapter(path)
     write(path, tiny_adapter(pack, model, seed=10).adapter)
     (clone,) = copies(split(host.apply_identity(model, loaded, identity)))
     weight = "clip_mapper.proj_in.weight"

@@ -367,7 +367,7 @@ def test_wrapper_that_tiles(
 def test_perp_neg_gives_the_empty_cond_nobody(host: Any, model: Any, patched: Any) -> None:
     """The deprecated node evaluates a cond that the guider does not know: no person in it."""
     roles: list[bool] = []
-    before = host.Run.is_negative
+    before = host.SamplingRun.is_negative
 
     def noted(self: Any, index: int, conds: Any) -> bool:
         role = before(self, index, conds)
@@ -375,11 +375,11 @@ def test_perp_neg_gives_the_empty_cond_nobody(host: Any, model: Any, patched: An
             roles.append(role)
         return role
 
-    host.Run.is_negative = noted
+    host.SamplingRun.is_negative = noted
     try:
         run(NODES["PerpNeg"](patched))
     finally:
-        host.Run.is_negative = before
+        host.SamplingRun.is_negative = before
     assert roles and all(roles)
 
 

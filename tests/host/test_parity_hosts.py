@@ -11,7 +11,8 @@ import comfy.utils
 import pytest
 import torch
 
-from infinite_id_core.hosts import diffusers_unet as host_diffusers
+from infinite_id_core.hosts import diffusers_sample as host_diffusers
+from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.adapter import infinite_id_adapter
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.features import Feature, Reading
@@ -118,7 +119,7 @@ def test_full_size_unets_are_read_off_their_shapes(kind: str) -> None:
     assert {names[n]: tuple(s) for n, s in shapes.items()} == {
         n: tuple(t.shape) for n, t in wanted.state_dict().items()
     }
-    assert len(host_diffusers.unet_layers(wanted)) == options["layers"]
+    assert len(unet_layers(wanted)) == options["layers"]
     if kind == "SDXL":
         assert sum(t.numel() for t in wanted.parameters()) == 2_567_463_684
 

@@ -215,7 +215,7 @@ def test_runs_leave_no_cache(host: Any, patched: Any) -> None:
     for _ in range(3):
         run(patched)
     assert storage_bytes() <= before
-    assert not [o for o in gc.get_objects() if type(o) is host.Run]
+    assert not [o for o in gc.get_objects() if type(o) is host.SamplingRun]
 
 
 def test_identity_is_projected_once_per_run(adapter: Any, patched: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.hosts.diffusers_unet import (
+from infinite_id_core.hosts.diffusers_sample import (
     NEGATIVE_IDENTITY,
     NegativeIdentity,
     NegativePass,

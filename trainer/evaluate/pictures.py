@@ -22,7 +22,7 @@ from torch import Tensor
 from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.errors import NoFaceError, OptionError
 from infinite_id_core.faces.find import FaceOptions, find_faces
-from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, sample
+from infinite_id_core.hosts.diffusers_sample import AppliedIdentity, Prompt, sample
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity

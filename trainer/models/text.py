@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError, ModelMismatchError
 from infinite_id_core.files.safetensors_file import Header, open_safetensors, read_header
-from infinite_id_core.hosts.diffusers_unet import Prompt
+from infinite_id_core.hosts.diffusers_sample import Prompt
 from infinite_id_core.packages import require
 
 from ..files import sampled_sha256

@@ -23,7 +23,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from infinite_id_core.hosts.diffusers_unet import identity_training, unet_layers
+from infinite_id_core.hosts.diffusers_train import identity_training
+from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
 from infinite_id_core.method.face_clip import CLIP_TOKENS
 from infinite_id_core.method.records import AdapterConfig

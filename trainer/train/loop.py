@@ -17,7 +17,8 @@ from torch import Tensor
 
 from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.files.infinite_id_format import write_adapter
-from infinite_id_core.hosts.diffusers_unet import identity_training, text_projections, unet_layers
+from infinite_id_core.hosts.diffusers_train import identity_training
+from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
 from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
 from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.packages import require

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from infinite_id_core.hosts.diffusers_unet import AppliedIdentity, Prompt, SamplingOptions, sample
+from infinite_id_core.hosts.diffusers_sample import (
+    AppliedIdentity,
+    Prompt,
+    SamplingOptions,
+    sample,
+)
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
 from infinite_id_core.method.identity import Identity

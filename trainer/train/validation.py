@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from infinite_id_core.hosts.diffusers_unet import identity_training
+from infinite_id_core.hosts.diffusers_train import identity_training
 from infinite_id_core.method.adapter import Adapter
 
 from ..errors import ResumeError

@@ -1,28 +1,15 @@
-"""What both hosts share: the rows of two streams in one batch, and an identity's place in a run.
-
-Rows of a call: ``chunks`` prompts side by side, each with the ``b`` rows of its text stream
-followed by the ``b`` rows of its identity stream.
-"""
+"""An identity's place in a run: how strongly, when and where it takes effect."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..errors import OptionError, PatchConflictError
-from .attention import (
-    MAX_STRENGTH,
-    IdentityTerm,
-    Kernel,
-    StreamOptions,
-    merged_cross_attention,
-    mixed_attention,
-)
+from ..errors import OptionError
+from .attention import MAX_STRENGTH
 from .identity import Identity
 
 Size = tuple[int, int]
@@ -30,7 +17,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IdentityPlacement:
-    """An identity, how strongly, when and where it speaks. Raises ``OptionError``."""
+    """An identity, how strongly, when and where it takes effect. Raises ``OptionError``."""
 
     identity: Identity
     strength: float = 1.0
@@ -82,70 +69,6 @@ def picture_mask(mask: Tensor) -> Tensor:
             "strength to 0."
         )
     return mask.clamp(0.0, 1.0)
-
-
-def twice(x: Tensor) -> Tensor:
-    """``[b, ...]`` -> ``[2b, ...]``: text stream, identity stream."""
-    return torch.cat([x, x])
-
-
-def identity_half(x: Tensor) -> Tensor:
-    """``[2b, ...]`` -> the identity stream's ``[b, ...]``."""
-    return x[x.shape[0] // 2 :]
-
-
-def split_streams(x: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """``[chunks * 2 * b, ...]`` -> text rows and identity rows, ``[chunks * b, ...]`` each.
-
-    Raises ``PatchConflictError`` where the rows are not those of two streams.
-    """
-    if x.shape[0] % (2 * chunks):
-        raise PatchConflictError(
-            f"Attention was called with {x.shape[0]} rows for {chunks} conds of two streams. "
-            "Another node changed the batch inside the model; bypass it or Infinite-ID."
-        )
-    both = x.reshape(chunks, 2, -1, *x.shape[1:])
-    return both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1)
-
-
-def join_streams(text: Tensor, identity: Tensor, chunks: int) -> Tensor:
-    """Inverse of ``split_streams``."""
-    parts = [x.reshape(chunks, -1, *x.shape[1:]) for x in (text, identity)]
-    return torch.stack(parts, dim=1).flatten(0, 2)
-
-
-def two_stream_self_attention(
-    q: Tensor, k: Tensor, v: Tensor, chunks: int, options: StreamOptions, kernel: Kernel
-) -> Tensor:
-    """Text rows plain, identity rows mixed (Eq. 5): ``[chunks * 2 * b, N, C]`` in and out."""
-    (q_t, q_id), (k_t, k_id), (v_t, v_id) = (split_streams(x, chunks) for x in (q, k, v))
-    text = kernel(q_t, k_t, v_t)
-    identity = mixed_attention(q_id, k_id, v_id, k_t, v_t, options, kernel)
-    return join_streams(text, identity, chunks)
-
-
-def two_stream_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_out: Tensor,
-    chunks: int,
-    terms: Callable[[int, Tensor], Sequence[IdentityTerm]],
-    options: StreamOptions,
-    kernel: Kernel,
-) -> Tensor:
-    """Text rows plain, identity rows merged (Eq. 6, 7).
-
-    ``q`` and ``text_out = Attn(q, k, v)`` are ``[chunks * 2 * b, N, C]``, ``k`` and ``v`` the
-    text's. ``terms(chunk, q)`` gives the identities that speak in a chunk, for its ``b`` rows.
-    """
-    text, _ = split_streams(text_out, chunks)
-    parts = [split_streams(x, chunks)[1].chunk(chunks) for x in (q, k, v, text_out)]
-    identity = [
-        merged_cross_attention(q_c, terms(c, q_c), k_c, v_c, out_c, options, kernel)
-        for c, (q_c, k_c, v_c, out_c) in enumerate(zip(*parts, strict=True))
-    ]
-    return join_streams(text, torch.cat(identity), chunks)
 
 
 def mask_tokens(mask: Tensor, size: Size, tokens: int) -> Tensor:
