@@ -77,7 +77,7 @@ class IdentityTerm:
     token_weight: Tensor | None = None
     """``[M]``, positive: a token of weight 2 counts as if it stood there twice."""
     mask: Tensor | None = None
-    """``[B or 1, N, 1]`` in [0, 1]: where in the picture this identity speaks."""
+    """``[B or 1, N, 1]`` in [0, 1]: where in the picture this identity takes effect."""
 
 
 def token_mean(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -165,7 +165,7 @@ def merged_cross_attention(
 
     ``text_out [B, N, C]`` is Attn(Q, K'_t, V'_t), computed by the caller because another patch
     may have a say in it. Without ``merge_text`` it is left out (Table 2), except where no
-    identity speaks: there is nothing else to attend to.
+    identity takes effect: there is nothing else to attend to.
     """
     if not terms:
         return text_out
