@@ -53,8 +53,8 @@ class InfiniteIDApply(io.ComfyNode):
                     options=list(MIXING),
                     default="mixed",
                     tooltip="What the person's picture reads in self-attention: itself and the "
-                    "prompt's picture (mixed, the paper), the prompt's (mutual), or itself (off: no "
-                    "prompt's picture is painted, a step costs about what it costs without).",
+                    "prompt's picture (mixed, the paper), the prompt's (mutual), or itself (off: "
+                    "no prompt's picture is painted, a step costs about what it costs without).",
                 ),
                 io.Combo.Input(
                     "style",
