@@ -135,7 +135,7 @@ def child(side: str, values: argparse.Namespace, folder: Path) -> dict[str, floa
 
 def settings(values: argparse.Namespace, output: str) -> Any:
     """The tiny configuration, on this bench's data, without logs, checkpoints and previews."""
-    from trainer.config import read_config
+    from trainer.config_file import read_config
 
     folder: Path = values.folder
     changes = {
@@ -191,9 +191,9 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from trainer.models.vae import load_vae
     from trainer.train.checks import adapter_config
     from trainer.train.features import load_image_encoder
-    from trainer.train.loop import new_adapter, prepare_unet
     from trainer.train.objective import TrainingModel
     from trainer.train.optimisers import build_optimiser
+    from trainer.train.parts import new_adapter, prepare_unet
 
     config = settings(values, "plain")
     accelerator = Accelerator(cpu=True)

@@ -1,29 +1,25 @@
 """Everything ``python -m trainer train`` can be told: one TOML section, one dataclass.
 
 A section's dataclass names its keys, their defaults and their ranges, and is checked once, here.
-``--set section.key=value`` overrides the file; ``value`` is TOML (a bare word is taken as text).
+It is read by ``config_file.py``.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
-from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.align import DEFAULT_PADDING
-from infinite_id_core.method.attention import MIXING, STYLE, Mixing, StreamOptions, Style
-from infinite_id_core.method.face_clip import CLIP_LAYER, EMBEDDING, ClipLayer, Embedding
-from infinite_id_core.sdxl.schedule import SCHEDULER, TIMESTEPS, Scheduler
+from infinite_id_core.method.attention import Mixing, StreamOptions, Style
+from infinite_id_core.method.face_clip import ClipLayer, Embedding
+from infinite_id_core.sdxl.schedule import TIMESTEPS, Scheduler
 
+from .config_checks import each_of, in_range, not_empty, one_of
 from .data_index import Filters
-from .errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
-from .toml_files import parse_toml, read_toml
+from .errors import ConfigValueError
 
 Mode = Literal["identity", "entangled"]
 PooledText = Literal["zeros", "empty"]
@@ -35,17 +31,7 @@ PredictionChoice = Literal["auto", "epsilon", "v"]
 UNetDtype = Literal["precision", "fp8"]
 FileDtype = Literal["float32", "float16", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-POOLED_TEXTS: tuple[PooledText, ...] = get_args(PooledText)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DEVICES: tuple[Device, ...] = get_args(Device)
-OPTIMISERS: tuple[OptimiserKind, ...] = get_args(OptimiserKind)
 LOWEST_PRODIGY_RATE = 0.01  # below, a rate meant for Adam was left standing
-RATE_SCHEDULES: tuple[RateSchedule, ...] = get_args(RateSchedule)
-PREDICTIONS: tuple[PredictionChoice, ...] = get_args(PredictionChoice)
-UNET_DTYPES: tuple[UNetDtype, ...] = get_args(UNetDtype)
-FILE_DTYPES: tuple[FileDtype, ...] = get_args(FileDtype)
-TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +52,9 @@ class Run:
     """Written into the adapter: what its data and face model allow."""
 
     def __post_init__(self) -> None:
-        _in_range("run", self, steps=(1, 10**9), seed=(0, 2**63 - 1))
-        _one_of("run", self, device=DEVICES, dtype=FILE_DTYPES)
-        _not_empty("run", self, "output")
+        in_range("run", self, steps=(1, 10**9), seed=(0, 2**63 - 1))
+        one_of("run", self, device=Device, dtype=FileDtype)
+        not_empty("run", self, "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +79,9 @@ class Model:
     takes half the memory of bf16 and is widened layer by layer where it multiplies."""
 
     def __post_init__(self) -> None:
-        _in_range("model", self, head_width=(1, 1024))
-        _one_of("model", self, prediction=PREDICTIONS, unet_dtype=UNET_DTYPES)
-        _not_empty("model", self, "unet")
+        in_range("model", self, head_width=(1, 1024))
+        one_of("model", self, prediction=PredictionChoice, unet_dtype=UNetDtype)
+        not_empty("model", self, "unet")
 
     @property
     def vae_source(self) -> str:
@@ -125,9 +111,9 @@ class Encoder:
     default is the same, and inference must match training."""
 
     def __post_init__(self) -> None:
-        _one_of("encoder", self, clip_layer=CLIP_LAYER, embedding=EMBEDDING)
-        _in_range("encoder", self, padding=(0.0, 1.0))
-        _not_empty("encoder", self, "clip_model")
+        one_of("encoder", self, clip_layer=ClipLayer, embedding=Embedding)
+        in_range("encoder", self, padding=(0.0, 1.0))
+        not_empty("encoder", self, "clip_model")
         if not self.clip_weights and self.clip_model != "microworld":
             raise ConfigValueError(
                 f"encoder.clip_weights is empty. Give the safetensors file of {self.clip_model}, "
@@ -145,7 +131,7 @@ class AdapterSection:
     """An adapter file to go on from, as a new run (e.g. 1024 px after 512 px)."""
 
     def __post_init__(self) -> None:
-        _in_range("adapter", self, face_tokens=(1, 64))
+        in_range("adapter", self, face_tokens=(1, 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +161,12 @@ class Data:
     """Processes that read samples; any number gives the same training."""
 
     def __post_init__(self) -> None:
-        _in_range(
+        in_range(
             "data", self, resolution=(64, 4096), bucket_step=(8, 512), max_aspect=(1.0, 4.0),
             crops_per_photo=(1, 1000), min_face=(0.01, 1.0), max_face=(0.01, 1.0),
             max_upscale=(1.0, 100.0), workers=(0, 256),
         )  # fmt: skip
-        _not_empty("data", self, "folder")
+        not_empty("data", self, "folder")
         if self.min_face > self.max_face:
             raise ConfigValueError(
                 f"data.min_face {self.min_face} is above data.max_face {self.max_face}."
@@ -220,8 +206,8 @@ class Objective:
     picture alike, as the paper."""
 
     def __post_init__(self) -> None:
-        _one_of("objective", self, mode=MODES, pooled=POOLED_TEXTS)
-        _in_range(
+        one_of("objective", self, mode=Mode, pooled=PooledText)
+        in_range(
             "objective", self, drop_identity=(0.0, 1.0), drop_text=(0.0, 1.0),
             min_snr=(0.0, 100.0), noise_offset=(0.0, 1.0), face_weight=(0.0, 1000.0),
         )  # fmt: skip
@@ -265,8 +251,8 @@ class Optimiser:
     """Decay of the averaged weights that previews and the finished file use; 0 is none."""
 
     def __post_init__(self) -> None:
-        _one_of("optimiser", self, kind=OPTIMISERS, schedule=RATE_SCHEDULES, precision=PRECISIONS)
-        _in_range(
+        one_of("optimiser", self, kind=OptimiserKind, schedule=RateSchedule, precision=Precision)
+        in_range(
             "optimiser", self, rate=(0.0, 1.0), warmup=(0, 10**9), final_rate=(0.0, 1.0),
             weight_decay=(0.0, 1.0), beta1=(0.0, 0.9999999), beta2=(0.0, 0.9999999),
             epsilon=(1e-16, 1e-2), clip_norm=(0.0, 1e9), batch=(1, 4096),
@@ -299,7 +285,7 @@ class Checkpoints:
     """How many are kept, newest first."""
 
     def __post_init__(self) -> None:
-        _in_range("checkpoints", self, every=(1, 10**9), keep=(1, 10**6))
+        in_range("checkpoints", self, every=(1, 10**9), keep=(1, 10**6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,9 +303,9 @@ class Log:
     """The loss is shown for this many equal ranges of timesteps."""
 
     def __post_init__(self) -> None:
-        _in_range("log", self, every=(1, 10**9), bands=(1, TIMESTEPS))
-        _each_of("log", self, trackers=TRACKERS)
-        _not_empty("log", self, "project")
+        in_range("log", self, every=(1, 10**9), bands=(1, TIMESTEPS))
+        each_of("log", self, trackers=Tracker)
+        not_empty("log", self, "project")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +327,7 @@ class Validation:
     in that are evaluated alike."""
 
     def __post_init__(self) -> None:
-        _in_range(
+        in_range(
             "validation", self, every=(0, 10**9), people=(1, 10**4), pairs=(1, 10**3),
             bands=(1, TIMESTEPS), seed=(0, 2**63 - 1),
         )  # fmt: skip
@@ -369,11 +355,11 @@ class Previews:
     """Folder ``.../models/<pack>`` of the recogniser that scores likeness; empty scores none."""
 
     def __post_init__(self) -> None:
-        _in_range(
+        in_range(
             "previews", self, every=(0, 10**9), people=(1, 64), steps=(1, TIMESTEPS),
             guidance=(0.0, 100.0), sheet_side=(32, 2048),
         )  # fmt: skip
-        _one_of("previews", self, scheduler=SCHEDULER, mixing=MIXING, style=STYLE)
+        one_of("previews", self, scheduler=Scheduler, mixing=Mixing, style=Style)
 
     @property
     def options(self) -> StreamOptions:
@@ -413,195 +399,3 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for checkpoints and logs."""
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
-
-
-# --- reading ---------------------------------------------------------------------------------
-
-
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A TOML file with ``section.key=value`` overrides.
-
-    Relative paths in it are relative to the working directory. Raises ``FileMissingError``,
-    ``UnreadableError``, ``ConfigSyntaxError``, ``UnknownKeyError`` (naming the nearest valid key),
-    ``ConfigValueError``.
-    """
-    path = Path(path)
-    values = read_toml(path)
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values, str(path))
-
-
-def parse_config(values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
-    """``{section: {key: value}}`` as a checked configuration. Raises as ``read_config``."""
-    types_of = typing.get_type_hints(TrainConfig)
-    _check_names(source, "", values, list(types_of))
-    sections: dict[str, Any] = {}
-    for name, cls in types_of.items():
-        entries = values.get(name, {})
-        if not isinstance(entries, Mapping):
-            raise ConfigValueError(f"{source}: [{name}] must be a section, got {entries!r}.")
-        sections[name] = _section(source, name, cls, entries)
-    try:
-        return TrainConfig(**sections)
-    except OptionError as error:
-        raise ConfigValueError(f"{source}: {error}") from error
-
-
-def _section(source: str, name: str, cls: type[Any], entries: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls)}
-    _check_names(source, name, entries, list(known))
-    required = {f.name for f in fields(cls) if f.default is f.default_factory}
-    missing = sorted(required - entries.keys())
-    if missing:
-        raise ConfigValueError(f"{source}: [{name}] needs {', '.join(missing)}.")
-    checked = {
-        key: _typed(f"{source}: {name}.{key}", value, known[key]) for key, value in entries.items()
-    }
-    try:
-        return cls(**checked)
-    except OptionError as error:
-        raise ConfigValueError(f"{source}: {error}") from error
-
-
-def _check_names(source: str, section: str, found: Mapping[str, Any], known: list[str]) -> None:
-    """``section`` is empty for the names of sections."""
-    what = f"key of [{section}]" if section else "section"
-    for name in found:
-        if name not in known:
-            near = _nearest(name, section, known)
-            hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(known)}."
-            raise UnknownKeyError(f"{source}: {name!r} is no {what}. {hint}")
-
-
-# What other trainers call it.
-_ELSEWHERE = {
-    "lr": "optimiser.rate",
-    "learning_rate": "optimiser.rate",
-    "batch_size": "optimiser.batch",
-    "train_batch_size": "optimiser.batch",
-    "gradient_accumulation_steps": "optimiser.accumulation",
-    "grad_accum": "optimiser.accumulation",
-    "gradient_checkpointing": "optimiser.checkpointing",
-    "mixed_precision": "optimiser.precision",
-    "max_grad_norm": "optimiser.clip_norm",
-    "lr_scheduler": "optimiser.schedule",
-    "lr_warmup_steps": "optimiser.warmup",
-    "use_8bit_adam": "optimiser.kind",
-    "max_train_steps": "run.steps",
-    "max_steps": "run.steps",
-    "epochs": "run.steps",
-    "output_dir": "run.output",
-    "num_workers": "data.workers",
-    "dataloader_num_workers": "data.workers",
-    "train_data_dir": "data.folder",
-    "image_size": "data.resolution",
-    "checkpointing_steps": "checkpoints.every",
-    "save_every": "checkpoints.every",
-    "snr_gamma": "objective.min_snr",
-    "tensorboard": "log.trackers",
-    "wandb": "log.trackers",
-    "report_to": "log.trackers",
-    "log_with": "log.trackers",
-    "tracker_project_name": "log.project",
-    "pretrained_model_name_or_path": "model.unet",
-}
-_SECTIONS = {"train": "run", "training": "run", "dataset": "data", "optimizer": "optimiser"}
-
-
-def _nearest(name: str, section: str, known: Sequence[str]) -> str | None:
-    """The key that was meant, with its section where that is another one.
-
-    ``section`` is empty where ``name`` is a section itself. ``learning_rate`` means ``rate``,
-    though ``final_rate`` looks more like it.
-    """
-    if not section:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        return _SECTIONS.get(name) or (close[0] if close else None)
-    words = name.split("_")
-    within = [key for key in known if key in words]
-    if within:
-        return within[0]
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name].removeprefix(f"{section}.")
-    others = {
-        f"{other}.{f.name}": f.name
-        for other, cls in typing.get_type_hints(TrainConfig).items()
-        for f in fields(cls)
-    }
-    same = [place for place, key in others.items() if key == name]
-    own = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    inside = [place for place, key in others.items() if key in words]
-    close = difflib.get_close_matches(name, others.values(), n=1, cutoff=0.7)
-    found = same or own or inside or [p for p, key in others.items() if key in close]
-    return found[0] if found else None
-
-
-def _typed(where: str, value: Any, wanted: Any) -> Any:
-    origin = typing.get_origin(wanted)
-    if origin is Literal:
-        return value  # the section itself says which words it takes
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigValueError(f"{where} must be a list, got {value!r}.")
-        return tuple(_typed(where, entry, get_args(wanted)[0]) for entry in value)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if wanted is int and type(value) is float and value.is_integer():
-        return int(value)  # steps = 1e5
-    if type(value) is not wanted:
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        raise ConfigValueError(f"{where} must be {names.get(wanted, wanted)}, got {value!r}.")
-    return value
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    place, equals, raw = text.partition("=")
-    section, dot, key = place.strip().partition(".")
-    if not equals or not dot or not key:
-        raise ConfigSyntaxError(f"--set expects section.key=value, got {text!r}.")
-    try:
-        value = parse_toml(f"value = {raw}", "--set")["value"]
-    except ConfigSyntaxError:
-        value = raw.strip().strip("\"'")  # a bare word or path
-    entries = values.setdefault(section, {})
-    if isinstance(entries, dict):
-        entries[key] = value
-
-
-# --- checks ----------------------------------------------------------------------------------
-
-
-def _in_range(section: str, values: Any, **ranges: tuple[float, float]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(values, name)
-        if not low <= value <= high:
-            raise ConfigValueError(f"{section}.{name} must lie in [{low}, {high}], got {value!r}.")
-
-
-_SYNONYMS = {"gpu": "cuda", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-def _one_of(section: str, values: Any, **choices: Sequence[str]) -> None:
-    for name, allowed in choices.items():
-        _is_one_of(f"{section}.{name} must be", getattr(values, name), allowed)
-
-
-def _each_of(section: str, values: Any, **choices: Sequence[str]) -> None:
-    for name, allowed in choices.items():
-        for value in getattr(values, name):
-            _is_one_of(f"{section}.{name}: each must be", value, allowed)
-
-
-def _is_one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(_SYNONYMS.get(value, str(value)), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigValueError(f"{what} one of {', '.join(allowed)}; got {value!r}.{hint}")
-
-
-def _not_empty(section: str, values: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(values, name):
-            raise ConfigValueError(f"{section}.{name} must not be empty.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infinite_id_core.errors import FileMissingError
-from trainer.config import read_config
+from trainer.config_file import read_config
 from trainer.errors import ConfigSyntaxError
 from trainer.toml_files import parse_toml, read_toml
 

@@ -59,7 +59,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         with pytest.raises(kind, match=message):
             dry_run(config)
         with monkeypatch.context() as patch:
-            for name in ("prepare_unet", "compute_missing"):
+            for name in ("prepare_unet", "fill"):
                 patch.setattr(loop, name, explode)
             with pytest.raises(kind, match=message):
                 loop.train(config)

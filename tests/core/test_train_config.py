@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from infinite_id_core.errors import FileMissingError
-from trainer.config import _ELSEWHERE, Previews, TrainConfig, parse_config, read_config
+from trainer.config import Previews, TrainConfig
+from trainer.config_file import _ELSEWHERE, parse_config, read_config
 from trainer.errors import ConfigSyntaxError, ConfigValueError, UnknownKeyError
 from trainer.train.checks import check_device
 

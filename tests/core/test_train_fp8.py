@@ -12,7 +12,8 @@ from torch import nn
 
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.errors import ConfigValueError, ResumeError
 from trainer.models.unet import load_unet
 from trainer.train import fp8, loop, state

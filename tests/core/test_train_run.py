@@ -37,7 +37,7 @@ from trainer.errors import (
 from trainer.files import locked
 from trainer.models.unet import load_unet
 from trainer.models.vae import Autoencoder, _microworld_state
-from trainer.train import loop, state
+from trainer.train import filling, loop, state
 from trainer.train.checks import adapter_config
 from trainer.train.estimate import dry_run
 from trainer.train.objective import Objective, TrainingModel, face_bell
@@ -461,7 +461,7 @@ def test_a_cache_with_a_number_that_is_none_is_named_and_computed_again(
 ) -> None:
     """As an older release wrote them."""
     config = settings(data={"cache": str(tmp_path / "cache"), "workers": workers})
-    assert loop.fill_caches(config)
+    assert filling.fill_caches(config)
     (pack,) = Caches.below(config).latents.folder.glob("*.safetensors")
     save_file({k: t + float("nan") for k, t in load_file(pack).items()}, pack)
     with pytest.raises(NotFiniteError, match=f"{pack.name}.*holds NaN.*Delete it"):

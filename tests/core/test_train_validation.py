@@ -18,7 +18,7 @@ from infinite_id_core.files.adapters import read_adapter
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import FilterError, ResumeError, TooFewPeopleError
-from trainer.train import loop, state
+from trainer.train import filling, loop, state
 from trainer.train.bands import band_name, band_range
 from trainer.train.checks import check_validation
 from trainer.train.estimate import dry_run
@@ -159,7 +159,7 @@ def refused(config: TrainConfig, kind: type[Exception], message: str, patch: Any
         patched.setattr(loop, "prepare_unet", explode)
         loop.train(config)
     with pytest.raises(kind, match=message):
-        loop.fill_caches(config)
+        filling.fill_caches(config)
 
 
 def test_too_few_held_out_people(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

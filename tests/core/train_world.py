@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from infinite_id_core.files.safetensors_file import read_header
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig
+from trainer.config_file import parse_config
 from trainer.index_file import INDEX, DatasetInfo, table_of, write_index
 from trainer.models.unet import Layout, ldm_names
 from trainer.shards import SHARDS, ShardWriter

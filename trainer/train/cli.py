@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ..config import read_config
+from ..config_file import read_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
         print(dry_run(config, values.resume, values.resume_changed))
         return 0
-    from .loop import INTERRUPTED, fill_caches, train
+    from .filling import fill_caches
+    from .loop import INTERRUPTED, train
 
     if values.fill_caches:
         return 0 if fill_caches(config) else INTERRUPTED

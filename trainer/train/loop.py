@@ -5,59 +5,40 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from infinite_id_core.errors import InfiniteIDError
 from infinite_id_core.files.infinite_id_format import write_adapter
 from infinite_id_core.hosts.diffusers_train import identity_training
-from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
-from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
-from infinite_id_core.method.records import AdapterConfig
-from infinite_id_core.packages import require
-from infinite_id_core.sdxl.schedule import NoiseSchedule
 
 from ..config import TrainConfig
-from ..errors import NonFiniteError, RankLostError, disk_errors
-from ..files import locked
+from ..errors import NonFiniteError, disk_errors
 from ..likeness import Recogniser
 from ..models.text import TOKENS
-from ..models.unet import LoadedUNet, load_unet
 from . import state
-from .checks import (
-    DTYPES,
-    adapter_to_start_from,
-    check_data,
-    check_device,
-    check_held_out,
-    check_models,
-    check_run,
-    check_validation,
-)
-from .features import compute_missing, fingerprints_of
-from .fellows import Fellows
+from .checks import DTYPES, check_run
+from .filling import fill
 from .fp8 import narrow
-from .log import RunLog, bar, logger, no_bar
-from .memory import LESS_IN_CACHES, LESS_MEMORY, memory_errors
+from .log import RunLog, logger
+from .memory import LESS_MEMORY, memory_errors
 from .objective import Batch, Objective, TrainingModel
 from .optimisers import build_optimiser, step_size
+from .parts import follow, new_adapter, prepare_unet
 from .preview_sheet import Preview
 from .previews import Previewer, scores
+from .processes import Processes
 from .report import write_report
-from .samples import Caches, Keys, Plan, Samples, Share, loader
+from .samples import Caches, Keys, Samples, Share, loader
 from .validation import Validator
 from .validation_set import ValidationPlan
 from .workers import batches
 
 INTERRUPTED = 143  # exit status after SIGTERM, as shells count it
-Thing = TypeVar("Thing")
 _SMALLEST_SCALE = 1.0  # of fp16's loss: below, something other than its range is wrong
 
 
@@ -88,230 +69,12 @@ def train(
     """
     output = Path(config.run.output)
     with (
-        _Processes(config) as processes,
+        Processes(config) as processes,
         processes.losses_named(),
         processes.alone_in(output),
         disk_errors(output),
     ):
         return _Trainer(config, processes, resume, changed, recogniser).run()
-
-
-def fill_caches(config: TrainConfig) -> bool:
-    """Compute what training would cache before its first step; False if it was asked to stop.
-
-    Neither the UNet nor what learns is loaded, and nothing of ``run.output`` is looked at. Raises
-    what ``train`` raises of the data and of the models whose outputs are cached.
-    """
-    with _Processes(config) as processes, processes.losses_named():
-        plan = check_data(config, 1)
-        check_models(config)
-        held_out, validation = check_held_out(config, 1), check_validation(config)
-        keys = Keys(config=config, fingerprints=fingerprints_of(config))
-        _fill(plan, held_out, validation, keys, Caches.below(config), processes)
-        return not processes.any_stop()
-
-
-def _fill(
-    plan: Plan,
-    held_out: Plan | None,
-    validation: ValidationPlan | None,
-    keys: Keys,
-    caches: Caches,
-    processes: _Processes,
-) -> None:
-    """Fill the caches, each process its part; a stopped run does the rest when resumed."""
-
-    def until_asked_to_stop(label: str, things: Iterable[Any], count: int) -> Iterator[Any]:
-        shown = bar if processes.main else no_bar
-        for thing in shown(label, things, count):
-            yield thing
-            if processes.stop:  # filling takes hours for many photos
-                return
-
-    with memory_errors("filling the caches", LESS_IN_CACHES):
-        made = compute_missing(
-            plan,
-            keys,
-            caches,
-            processes.device,
-            held_out=held_out,
-            validation=validation,
-            part=(processes.rank, processes.world),
-            progress=until_asked_to_stop,
-        )
-    if made and processes.device.type == "cuda":
-        torch.cuda.empty_cache()
-    processes.wait()
-    caches.refresh()
-
-
-# --- processes -------------------------------------------------------------------------------
-
-
-class _Processes:
-    """accelerate's view of this process among its fellows, and the signals they get."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        accelerate = require("accelerate", "to train", "accelerate")
-        check_device(config.run.device)
-        # Autocast is the loop's own: the configuration alone decides, not the launcher.
-        self.accelerator: Any = accelerate.Accelerator(
-            mixed_precision="no", cpu=config.run.device == "cpu"
-        )
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world: int = self.accelerator.num_processes
-        self.main = self.rank == 0
-        self.stop = False
-        self._folder = state.checkpoint_folder(config)
-        self._before: dict[int, Any] = {}
-        self._fellows = Fellows(self.rank) if self.world > 1 else None
-
-    def __enter__(self) -> _Processes:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Signals reach only the main thread; elsewhere the caller keeps its own.
-            with contextlib.suppress(ValueError):
-                self._before[number] = signal.signal(number, self._ask_to_stop)
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if self._fellows is not None:
-            if error is None:
-                self._fellows.close()
-            else:
-                self._fellows.failed(error)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask_to_stop(self, number: int, _frame: FrameType | None) -> None:
-        """Finish the step, save, end. A second Ctrl-C ends at once."""
-        if number == signal.SIGINT and self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-
-    def any_stop(self) -> bool:
-        """Whether any process was asked to stop; all of them call this together."""
-        flag = torch.tensor([float(self.stop)], device=self.device)
-        return bool(self.gather(flag).any())
-
-    def gather(self, values: Tensor) -> Tensor:
-        """``[n]`` of every process -> ``[world, n]``."""
-        if self.world == 1:
-            return values[None]
-        gathered: Tensor = self.accelerator.gather(values[None])
-        return gathered
-
-    def gather_objects(self, things: list[Any]) -> list[Any]:
-        """Lists of every process, one after another."""
-        if self.world == 1:
-            return things
-        from accelerate.utils import gather_object
-
-        gathered: list[Any] = gather_object(things)
-        return gathered
-
-    def from_main(self, thing: Any) -> Any:
-        """The main process's ``thing`` on every process."""
-        if self.world == 1:
-            return thing
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([thing])[0]
-
-    def agreed(self, do: Callable[[], Thing]) -> Thing:
-        """What ``do`` gives on the main process; all get it, or the named error it raised."""
-        found: Thing | InfiniteIDError | None = None
-        if self.main:
-            try:
-                found = do()
-            except InfiniteIDError as error:
-                found = error
-        found = self.from_main(found)
-        if isinstance(found, InfiniteIDError):
-            raise found
-        return cast(Thing, found)
-
-    @contextlib.contextmanager
-    def alone_in(self, folder: Path) -> Iterator[None]:
-        """Hold the folder for this run. Raises ``BusyError`` on every process."""
-        with contextlib.ExitStack() as stack:
-            self.agreed(lambda: stack.enter_context(locked(folder, "training")))
-            yield
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def losses_named(self) -> Iterator[None]:
-        """A fellow that is gone shows as an error of the communication library: name it."""
-        try:
-            yield
-        except RuntimeError as error:
-            text = str(error)
-            names = ("gloo", "NCCL", "Connection", "Socket", "peer")
-            if self.world == 1 or not any(name in text for name in names):
-                raise
-            raise RankLostError(
-                f"Another process of this run is gone ({text.splitlines()[0]}). Start all of them "
-                f"again with the same command; {state.last_checkpoint(self._folder)}."
-            ) from error
-
-
-# --- the parts -------------------------------------------------------------------------------
-
-
-def prepare_unet(config: TrainConfig, device: torch.device) -> LoadedUNet:
-    """The frozen UNet in its working precision, with the schedule the configuration asks for.
-
-    Its text K/V are in the precision of the arithmetic, for ``new_adapter`` to copy.
-    """
-    model = config.model
-    loaded = load_unet(
-        model.unet, dtype=DTYPES[config.optimiser.precision], head_width=model.head_width
-    )
-    if model.unet_dtype == "fp8":
-        narrow(loaded.unet)  # before it takes the device's memory
-    loaded.unet.to(device)
-    if config.optimiser.checkpointing:
-        loaded.unet.enable_gradient_checkpointing()  # diffusers' default is non-reentrant
-    return dataclasses.replace(loaded, schedule=schedule_of(config, loaded.schedule))
-
-
-def schedule_of(config: TrainConfig, found: NoiseSchedule) -> NoiseSchedule:
-    """The file's noise levels, or what the configuration says in their place."""
-    model = config.model
-    return NoiseSchedule(
-        prediction=found.prediction if model.prediction == "auto" else model.prediction,
-        zero_terminal_snr=found.zero_terminal_snr or model.zero_terminal_snr,
-    )
-
-
-def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adapter:
-    """The learning adapter at step 0: float32, K/V copied from the text's (3.2).
-
-    With ``adapter.start_from`` another adapter's weights. Raises ``ModelMismatchError`` where
-    they do not fit.
-    """
-    widths = {layer.path: layer.width for layer in unet_layers(unet)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        adapter = infinite_id_adapter(recorded, widths)
-    if not config.adapter.start_from:
-        adapter.copy_text_projections(text_projections(unet))
-        return adapter
-    before = adapter_to_start_from(config.adapter.start_from, recorded, adapter.widths)
-    adapter.load_state_dict(before.state_dict())
-    return adapter
-
-
-@torch.no_grad()
-def follow(average: Adapter, adapter: Adapter, decay: float, step: int) -> None:
-    """One step (counted from 1) of the moving average, quicker at the start."""
-    share = 1.0 - min(decay, (1 + step) / (10 + step))
-    pairs = zip(average.parameters(), adapter.parameters(), strict=True)
-    for mean, value in pairs:
-        mean.lerp_(value, share)
 
 
 # --- the run ---------------------------------------------------------------------------------
@@ -321,7 +84,7 @@ class _Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        processes: _Processes,
+        processes: Processes,
         resume: str,
         changed: bool,
         recogniser: Recogniser | None,
@@ -365,11 +128,9 @@ class _Trainer:
             scaler=self.scaler,
         )
         self.first = self._load(start)
-        if processes.main:
-            write_report(config)
-        _fill(self.plan, self.held_out, checked.validation, self.keys, self.caches, processes)
-        self.previewer = self._previewer(checked.recogniser)
-        self.validator = self._validator(checked.validation)
+        self.checked = checked
+        self.previewer: Previewer | None = None
+        self.validator: Validator | None = None
         self.objective = Objective(
             self.loaded.schedule,
             config.objective.min_snr,
@@ -396,6 +157,15 @@ class _Trainer:
                 )
         return before.step
 
+    def _prepare(self) -> None:
+        """What may take hours before the first step: the caches; and who looks at the steps."""
+        checked = self.checked
+        if self.processes.main:
+            write_report(self.config)
+        fill(self.plan, self.held_out, checked.validation, self.keys, self.caches, self.processes)
+        self.previewer = self._previewer(checked.recogniser)
+        self.validator = self._validator(checked.validation)
+
     def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
         if self.held_out is None:
             return None
@@ -418,6 +188,7 @@ class _Trainer:
 
     def run(self) -> Outcome:
         config, processes = self.config, self.processes
+        self._prepare()
         unwrapped = TrainingModel(self.adapter, self.loaded.unet, self.loaded.pooled_width)
         self.model = processes.accelerator.prepare_model(unwrapped)
         steps, step = config.run.steps, self.first
