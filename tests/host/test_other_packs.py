@@ -675,7 +675,9 @@ def test_features_that_overflow_are_named(
     import dataclasses
 
     identity = tiny_identity(pack)
-    huge = torch.full_like(getattr(identity, feature), 1e38)
-    patched = host.apply_identity(model, adapter, dataclasses.replace(identity, **{feature: huge}))
-    with pytest.raises(errors.FeatureError, match="1e\\+38"):
+    value = torch.full_like(identity[feature].value, 1e38)
+    huge = dataclasses.replace(identity[feature], value=value)
+    features = {**identity.features, feature: huge}
+    patched = host.apply_identity(model, adapter, dataclasses.replace(identity, features=features))
+    with pytest.raises(errors.FeatureError, match=f"{feature} 1e\\+38"):
         run(patched)
