@@ -1,7 +1,6 @@
 """Everything ``python -m trainer train`` can be told: one TOML section, one dataclass.
 
-A section's dataclass names its keys, their defaults and their ranges, and is checked once, here.
-It is read by ``config_file.py``.
+It names the section's keys, their defaults and ranges. ``config_file.py`` reads them from a file.
 """
 
 from __future__ import annotations

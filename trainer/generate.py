@@ -43,7 +43,8 @@ from infinite_id_core.sdxl.schedule import SCHEDULER
 from .config import Encoder
 from .errors import ReferencePhotoError
 from .models.text import load_text_encoders
-from .models.unet import HEAD_WIDTH, MICROWORLD, load_unet
+from .models.unet import MICROWORLD, load_unet
+from .models.unet_names import HEAD_WIDTH
 from .models.vae import STRIDE, load_vae
 from .prepare.photo import PhotoError, read_pixels
 from .prompts import PromptFile, read_prompts, write_prompts

@@ -20,7 +20,8 @@ from infinite_id_core.errors import (
 )
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from trainer.models import text, vae
-from trainer.models.unet import describe_unet, ldm_names, load_unet
+from trainer.models.unet import describe_unet, load_unet
+from trainer.models.unet_names import ldm_names
 
 from . import train_world
 

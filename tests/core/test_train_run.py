@@ -620,7 +620,7 @@ def test_entangled_training_reads_the_captions(settings: Any, tmp_path: Path, ro
     )
     assert loop.train(config).finished
     caches = Caches.below(config)
-    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
+    keys = Keys(config=config, fingerprints=filling.fingerprints_of(config))
     captions = {c for c in Dataset(root / "data", config.filters).table["caption"].to_pylist()}
     assert caches.text.missing([keys.text(c) for c in ("", *captions)]) == []
     context = caches.text.read(keys.text("photo 1 of a person"))
@@ -638,7 +638,7 @@ def test_the_empty_prompts_pooled_text_is_all_that_is_read_of_text(
         objective={"pooled": "empty"},
     )
     loop.train(config)
-    keys = Keys(config=config, fingerprints=loop.fingerprints_of(config))
+    keys = Keys(config=config, fingerprints=filling.fingerprints_of(config))
     caches = Caches.below(config)
     dataset = Dataset(config.data.folder, config.filters)
     captions = sorted({*dataset.table["caption"].to_pylist()} - {""})

@@ -29,7 +29,7 @@ from infinite_id_core.files.safetensors_file import read_header
 from trainer.config import TrainConfig
 from trainer.config_file import parse_config
 from trainer.index_file import INDEX, DatasetInfo, table_of, write_index
-from trainer.models.unet import Layout, ldm_names
+from trainer.models.unet_names import Layout, ldm_names
 from trainer.shards import SHARDS, ShardWriter
 
 CONTEXT, POOLED = 16, 8

@@ -20,7 +20,7 @@ from infinite_id_core.method.identity import Identity
 from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from microworld.comfy_models import unet_reference
-from trainer.models.unet import ldm_names, unet_config
+from trainer.models.unet_names import ldm_names, unet_config
 
 from . import tiny_sdxl
 

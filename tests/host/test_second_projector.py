@@ -41,7 +41,7 @@ def core(pack: Any) -> Any:
 @pytest.fixture(scope="module")
 def diffusers_host(core: Any) -> Any:
     """Of the pack's own import, so that both hosts take the same objects."""
-    return importlib.import_module(f"{core.__name__}.hosts.diffusers_unet")
+    return importlib.import_module(f"{core.__name__}.hosts.diffusers_sample")
 
 
 @pytest.fixture(scope="module")

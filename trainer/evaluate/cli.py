@@ -18,7 +18,8 @@ from infinite_id_core.faces.pack import DETECTOR_SIZE
 from infinite_id_core.scores.metrics import BootstrapOptions
 
 from ..generate import Sources
-from ..models.unet import HEAD_WIDTH, MICROWORLD
+from ..models.unet import MICROWORLD
+from ..models.unet_names import HEAD_WIDTH
 from ..sheets import save_image
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
 from .figures import SheetOptions, contact_sheet, scatter
