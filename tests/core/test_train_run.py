@@ -293,6 +293,32 @@ def test_a_changed_run_is_resumed_when_asked_with_the_optimisers_state(
     assert state.read_record(last).changes == (change,)
 
 
+def test_a_changed_run_repeats_no_draw_and_resumes_exactly(
+    plain_run: Path, settings: Any, tmp_path: Path
+) -> None:
+    """With another batch the same numbers belong to other steps: their draws would come again."""
+    for name in ("whole", "part"):
+        shutil.copytree(plain_run, tmp_path / name)
+    changes: dict[str, Any] = {"optimiser": {"batch": 1}, "checkpoints": {"every": 100}}
+    whole = loop.train(settings("whole", run={"steps": 7}, **changes), changed=True)
+    loop.train(settings("part", run={"steps": 5}, **changes), changed=True)
+    part = loop.train(settings("part", run={"steps": 7}, **changes))
+    assert train_world.bits(whole.adapter)[0] == train_world.bits(part.adapter)[0]
+    config = settings(**changes)
+    plan = Plan(config, Dataset(config.data.folder, config.filters), 1)
+
+    def draws() -> list[Any]:
+        return [plan.choice(n) for n in range(20)]
+
+    before, noise, crop = draws(), plan.noise(4), plan.crop(0, 0)
+    plan.redraws = 1
+    assert [c.timestep for c in draws()] != [c.timestep for c in before]
+    assert not torch.equal(plan.noise(4), noise)
+    assert plan.crop(0, 0) == crop  # its latent lies in the cache
+    plan.redraws = 0
+    assert draws() == before
+
+
 def test_a_change_that_the_weights_do_not_fit_is_refused_even_so(
     plain_run: Path, settings: Any, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def check_run(
     )
     if start is not None:
         record = record.following(state.read_record(start), start, changed)
+        plan.redraws = len(record.changes)
     recorded = adapter_config(config, plan.dataset, int(unet.config.cross_attention_dim))
     if config.adapter.start_from:
         widths = {layer.path: layer.width for layer in unet_layers(unet)}

@@ -7,6 +7,7 @@ over all buckets every person counts alike.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -67,7 +68,15 @@ class Plan:
         self.config = config
         self.dataset = dataset
         self.global_batch = global_batch
+        self.redraws = 0
+        """How often the run went on with other settings. Each time all is drawn from a seed of its
+        own: numbers then stand for other steps, and the old draws would come again."""
         self.buckets = buckets(config.data)
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn for a step or sample."""
+        return self.config.run.seed if not self.redraws else _reseeded(self)
 
     @cached_property
     def bucket_of_row(self) -> NDArray[np.int64]:
@@ -95,7 +104,7 @@ class Plan:
 
     def bucket_at(self, step: int) -> int:
         """The bucket of all samples of an optimiser step."""
-        rng = generator(self.config.run.seed, step, Purpose.BUCKET)
+        rng = generator(self.seed, step, Purpose.BUCKET)
         return _draw(self.bucket_weights, rng)
 
     def choice(self, number: int) -> Choice:
@@ -103,7 +112,7 @@ class Plan:
 
         Raises ``NoPairsError`` where a thousand draws give no person with an allowed pair.
         """
-        seed, objective = self.config.run.seed, self.config.objective
+        seed, objective = self.seed, self.config.objective
         bucket = self.bucket_at(number // self.global_batch)
         rng = generator(seed, number, Purpose.CHOICE)
         identity, reference, target = self._pair(bucket, rng)
@@ -123,7 +132,7 @@ class Plan:
         """Unit noise of a sample's latent ``[4, h, w]``, with the configured offset."""
         height, width = self.buckets[self.bucket_at(number // self.global_batch)]
         size = (LATENT_CHANNELS, height // LATENT_STRIDE, width // LATENT_STRIDE)
-        rng = generator(self.config.run.seed, number, Purpose.NOISE)
+        rng = generator(self.seed, number, Purpose.NOISE)
         noise = rng.standard_normal(size, dtype=np.float32)
         offset = rng.standard_normal((LATENT_CHANNELS, 1, 1), dtype=np.float32)
         return torch.from_numpy(noise + self.config.objective.noise_offset * offset)
@@ -151,6 +160,11 @@ class Plan:
             f"between {filters.min_pair_cosine} and {filters.max_pair_cosine} alike (cosine). "
             "Loosen filters.min_pair_cosine and max_pair_cosine, or prepare more photos."
         )
+
+
+def _reseeded(plan: Plan) -> int:
+    digest = hashlib.sha256(f"{plan.config.run.seed} {plan.redraws}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 @lru_cache(maxsize=50_000)
