@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import files, random_weights
+from . import files
 from .config import TEXT_G, TEXT_L, UNET
 
 if TYPE_CHECKING:
@@ -28,23 +28,23 @@ SDXL_LATENT_SCALE = 0.13025  # as ComfyUI's loader of TAESD for SDXL: latents ar
 # another GPU or without dynamic VRAM. It calls them by position, or with `disable_dynamic=True`.
 
 
-def load_unet(seed: int = 0) -> ModelPatcher:
-    """The tiny UNet, as `UNETLoader` would give it. `seed` matters only without a trained file.
+def load_unet() -> ModelPatcher:
+    """The tiny UNet, as `UNETLoader` would give it.
 
     The weights are built once per process and shared; each call returns a clone of its own.
     """
-    return _unet(seed).clone()
+    return _unet().clone()
 
 
-def load_clip(seed: int = 0) -> CLIP:
+def load_clip() -> CLIP:
     """Both tiny text encoders, as `DualCLIPLoader` would give them; shared like `load_unet`'s."""
-    return _clip(seed).clone()
+    return _clip().clone()
 
 
-@lru_cache(maxsize=2)
-def load_vae(seed: int = 0) -> VAE:
+@lru_cache(maxsize=1)
+def load_vae() -> VAE:
     """The tiny autoencoder, as `VAELoader` would give TAESD; one object per process."""
-    return _built_vae(seed)
+    return _built_vae()
 
 
 def plain_layers() -> Any:
@@ -64,12 +64,8 @@ def plain_layers() -> Any:
     return type("PlainLayers", (base,), layers)
 
 
-def _weights(
-    path: Path, reference: Mapping[str, torch.Tensor], draw: random_weights.Draw, seed: int
-) -> files.Weights:
-    """The trained file where it exists, random weights otherwise. Raises MicroWeightsError."""
-    if not path.is_file():
-        return draw(reference, seed)
+def _weights(path: Path, reference: Mapping[str, torch.Tensor]) -> files.Weights:
+    """What a file holds for a model of `reference`'s names. Raises MicroWeightsError."""
     state = files.read_weights(path)
     files.check_names(path, state, reference)
     return state
@@ -80,19 +76,19 @@ def _as(state: files.Weights, dtype: torch.dtype) -> files.Weights:
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-@lru_cache(maxsize=2)
-def _unet(seed: int) -> ModelPatcher:
-    return _built_unet(seed)
+@lru_cache(maxsize=1)
+def _unet() -> ModelPatcher:
+    return _built_unet()
 
 
-def _built_unet(seed: int, disable_dynamic: bool = False) -> ModelPatcher:
+def _built_unet(disable_dynamic: bool = False) -> ModelPatcher:
     from comfy import model_management, model_patcher, supported_models
 
     class MicroSDXL(supported_models.SDXL):
         unet_config = UNET
         unet_extra_config = {"num_heads": -1, "num_head_channels": UNET["num_head_channels"]}
 
-    state = _weights(files.UNET, _unet_reference(), random_weights.unet_state_dict, seed)
+    state = _weights(files.UNET, _unet_reference())
     load_device = model_management.get_torch_device()
     offload_device = model_management.unet_offload_device()
     config = MicroSDXL(UNET)
@@ -109,22 +105,22 @@ def _built_unet(seed: int, disable_dynamic: bool = False) -> ModelPatcher:
     plain = model_patcher.ModelPatcher
     kind = plain if disable_dynamic else getattr(model_patcher, "CoreModelPatcher", plain)
     patcher: ModelPatcher = kind(model, load_device=load_device, offload_device=offload_device)
-    patcher.cached_patcher_init = (_built_unet, (seed,))
+    patcher.cached_patcher_init = (_built_unet, ())
     return patcher
 
 
-@lru_cache(maxsize=2)
-def _clip(seed: int) -> CLIP:
-    return _built_clip(seed)
+@lru_cache(maxsize=1)
+def _clip() -> CLIP:
+    return _built_clip()
 
 
-def _built_clip(seed: int, **options: Any) -> CLIP:
+def _built_clip(**options: Any) -> CLIP:
     """`options` go to ComfyUI's CLIP, whose newer releases know `disable_dynamic`."""
     import comfy.sd
     import folder_paths
     from comfy import model_management, sdxl_clip, supported_models_base
 
-    state = _weights(files.TEXT_ENCODERS, _text_reference(), random_weights.text_state_dict, seed)
+    state = _weights(files.TEXT_ENCODERS, _text_reference())
     state = _as(state, model_management.text_encoder_dtype(model_management.text_encoder_device()))
     # Newer releases may load the model where they make it, so the weights have to be there.
     at_once = "state_dict" in inspect.signature(comfy.sd.CLIP).parameters
@@ -138,28 +134,28 @@ def _built_clip(seed: int, **options: Any) -> CLIP:
     )
     if not at_once:
         clip.load_sd(state, full_model=True)
-    clip.patcher.cached_patcher_init = (_clip_patcher, (seed,))
+    clip.patcher.cached_patcher_init = (_clip_patcher, ())
     return clip
 
 
-def _clip_patcher(seed: int, **options: Any) -> ModelPatcher:
-    return _built_clip(seed, **options).patcher
+def _clip_patcher(**options: Any) -> ModelPatcher:
+    return _built_clip(**options).patcher
 
 
-def _built_vae(seed: int) -> VAE:
+def _built_vae() -> VAE:
     import comfy.sd
 
-    state = _weights(files.VAE, _vae_reference(), random_weights.vae_state_dict, seed)
+    state = _weights(files.VAE, _vae_reference())
     state["vae_scale"] = torch.tensor(SDXL_LATENT_SCALE)
     state["vae_shift"] = torch.tensor(0.0)
     vae = comfy.sd.VAE(sd=state)
-    vae.patcher.cached_patcher_init = (_vae_patcher, (seed,))
+    vae.patcher.cached_patcher_init = (_vae_patcher, ())
     return vae
 
 
-def _vae_patcher(seed: int, disable_dynamic: bool = False) -> ModelPatcher:
+def _vae_patcher(disable_dynamic: bool = False) -> ModelPatcher:
     # ComfyUI's VAE has no choice of patcher, and takes only the model out of this one.
-    return _built_vae(seed).patcher
+    return _built_vae().patcher
 
 
 def _text_options() -> dict[str, object]:

@@ -65,5 +65,4 @@ OPEN_CLIP: dict[str, Any] = {
 }
 
 FACE_WIDTH = 512  # the recogniser's embedding, as ArcFace's
-FACE_TOKENS = 4
 RECOGNISER_SIZE = 112  # pixels, ArcFace's aligned crop

@@ -1,7 +1,6 @@
 """Where each embedded file lives, and how its tensors are stored.
 
-Every safetensors file here is optional: the builders fall back to seeded random weights. Three
-storage tricks keep the files small, and all are undone on reading:
+Three storage tricks keep the safetensors files small, and all are undone on reading:
 
 - `<name>.scale` beside `<name>`: the tensor is stored as int8 or float8 and multiplied by the scale
   (broadcastable; one number a row).

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..infinite_id_core.encoders.open_clip import OpenClipVision, build_open_clip
 from ..infinite_id_core.faces.pack import Provider, load_face_models
-from ..microworld import comfy_models, files, random_weights
+from ..microworld import files, image_encoder
 
 if TYPE_CHECKING:
     from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
@@ -25,25 +23,12 @@ def face_models(provider: Provider, detector_size: int) -> Any:
 
 def open_clip() -> OpenClipVision:
     """Its tiny open_clip model; raises as ``build_open_clip``."""
-    config, weights = random_weights.open_clip_config_and_weights()
+    config, weights = image_encoder.config_and_weights()
     return build_open_clip(config, weights, files.INSIGHTFACE_PACK)
 
 
 def adapter() -> LoadedAdapter:
-    """The adapter that goes with the Micro Model: the trained file, else seeded random weights."""
-    import comfy.ops
+    """The adapter that goes with the Micro Model; raises as ``load_adapter``."""
+    from ..infinite_id_core.hosts.comfyui_adapter import load_adapter
 
-    from ..infinite_id_core.files.infinite_id_format import build_adapter
-    from ..infinite_id_core.hosts.comfyui import model_layers
-    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter, load_adapter
-    from ..infinite_id_core.method.adapter import infinite_id_adapter
-    from ..infinite_id_core.method.records import AdapterConfig
-
-    if files.ADAPTER.is_file():
-        return load_adapter(files.ADAPTER)
-    config = AdapterConfig(**random_weights.adapter_config())
-    widths = {layer.path: layer.width for layer in model_layers(comfy_models.load_unet())}
-    with torch.device("meta"):
-        shapes = infinite_id_adapter(config, widths).state_dict()
-    tensors = random_weights.seeded_state_dict(shapes, seed=0)
-    return LoadedAdapter(build_adapter(config, tensors, comfy.ops.manual_cast))
+    return load_adapter(files.ADAPTER)

@@ -32,12 +32,10 @@ from infinite_id_core.hosts.diffusers_sample import (
     SamplingOptions,
     sample,
 )
-from infinite_id_core.hosts.diffusers_unet import unet_layers
-from infinite_id_core.method.adapter import Adapter, infinite_id_adapter
+from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
 from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity
-from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.schedule import SCHEDULER
 
 from .config import Encoder
@@ -139,20 +137,7 @@ def load_adapter(source: str) -> Adapter:
         return read_adapter(source).float().requires_grad_(False)
     from microworld import files
 
-    adapter = read_adapter(files.ADAPTER).float() if files.ADAPTER.is_file() else _random_adapter()
-    return adapter.requires_grad_(False)
-
-
-def _random_adapter() -> Adapter:
-    """What the nodes take where the embedded file is absent: the same seeded random numbers."""
-    from microworld import random_weights
-
-    adapter = infinite_id_adapter(
-        AdapterConfig(**random_weights.adapter_config()),
-        {layer.path: layer.width for layer in unet_layers(load_unet(MICROWORLD).unet)},
-    )
-    adapter.load_state_dict(random_weights.seeded_state_dict(adapter.state_dict(), seed=0))
-    return adapter
+    return read_adapter(files.ADAPTER).float().requires_grad_(False)
 
 
 def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: str) -> Identity:

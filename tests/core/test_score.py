@@ -16,9 +16,9 @@ from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
 from infinite_id_core.scores import score
 from microworld import files
+from microworld.image_encoder import config_and_weights
 from microworld.portraits import HELD_OUT_SEEDS, Attributes, Nuisance, render
 from microworld.portraits import Identity as Person
-from microworld.random_weights import open_clip_config_and_weights
 
 NAN = math.nan
 
@@ -248,7 +248,7 @@ def test_own_pictures_rank_above_other_peoples(embedded):
 
 
 def test_the_embedded_pack_and_open_clip_score_a_portrait(embedded):
-    config, weights = open_clip_config_and_weights()
+    config, weights = config_and_weights()
     vision = build_open_clip(config, weights, "microworld")
     rng = np.random.default_rng(1)
     own = portrait(HELD_OUT_SEEDS[0], rng)

@@ -160,18 +160,14 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_embedded_unet_has_the_weights_its_node_gives() -> None:
-    """Names by ldm, drawn or read by those names: what ComfyUI's node does with the same file."""
-    from microworld import files, random_weights
+    """Names by ldm, read by those names: what ComfyUI's node does with the same file."""
+    from microworld import files
 
     loaded = load_unet("microworld")
     names = ldm_names(loaded.unet)
     state = loaded.unet.state_dict()
     ldm = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    if files.UNET.is_file():
-        wanted = files.read_weights(files.UNET)
-    else:
-        wanted = random_weights.unet_state_dict({n: state[d] for n, d in names.items()})
-    assert torch.equal(state[names[ldm]], wanted[ldm])
+    assert torch.equal(state[names[ldm]], files.read_weights(files.UNET)[ldm])
 
 
 # --- autoencoders ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nodes import NODE_CLASS_MAPPINGS
 @pytest.fixture(scope="module")
 def weights(pack) -> dict[str, torch.Tensor]:
     """The embedded open_clip model, rounded to float16: ComfyUI keeps encoders so on the CPU."""
-    _, state = pack.microworld.random_weights.open_clip_config_and_weights()
+    _, state = pack.microworld.image_encoder.config_and_weights()
     return {k: v.half().float() for k, v in state.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import nodes
-from microworld import comfy_models, config, files, random_weights
+from microworld import comfy_models, config, files
 from microworld.portraits import HELD_OUT_SEEDS, Attributes, Identity, render
 
 PLAIN = Attributes(background=2, style=0, expression=0, accessory=0)
@@ -159,14 +159,20 @@ def test_node_gives_all_three_and_has_a_help_text_on_each(pack):
     assert again[0].model is model.model
 
 
-def test_weight_files_replace_the_random_weights(tmp_path, monkeypatch, fresh_caches):
+def drawn(reference, seed):
+    """Numbers of the names and shapes of a model's weights, small enough to compute with."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in reference.items()}
+
+
+def test_every_storage_of_a_weight_file_is_read(tmp_path, monkeypatch, fresh_caches):
     """All three stored compactly, as the shipped files are: int8 rows and a few tokens' vectors."""
-    unet = random_weights.unet_state_dict(comfy_models._unet_reference(), 7)
+    unet = drawn(comfy_models._unet_reference(), 7)
     save_file(files.quantise(unet), tmp_path / "unet.safetensors")
-    text = random_weights.text_state_dict(comfy_models._text_reference(), 7)
+    text = drawn(comfy_models._text_reference(), 7)
     ids = torch.tensor([0, 320, 2533, 49406, 49407])
     save_file(files.quantise(files.compact_vocabularies(text, ids)), tmp_path / "text.safetensors")
-    vae = random_weights.vae_state_dict(comfy_models._vae_reference(), 7)
+    vae = drawn(comfy_models._vae_reference(), 7)
     save_file(files.quantise(vae), tmp_path / "vae.safetensors")
     assert (tmp_path / "text.safetensors").stat().st_size < 700_000
     monkeypatch.setattr(files, "UNET", tmp_path / "unet.safetensors")
@@ -189,7 +195,7 @@ def test_weight_files_replace_the_random_weights(tmp_path, monkeypatch, fresh_ca
 
 
 def test_a_file_of_another_shape_is_named(tmp_path, monkeypatch, fresh_caches):
-    state = dict(random_weights.unet_state_dict(comfy_models._unet_reference()))
+    state = drawn(comfy_models._unet_reference(), 0)
     state.pop("out.2.weight")
     save_file(state, tmp_path / "unet.safetensors")
     monkeypatch.setattr(files, "UNET", tmp_path / "unet.safetensors")

@@ -36,7 +36,7 @@ def base(exact_files):
 
 @torch.no_grad()
 def test_the_unet_is_the_same_in_diffusers_and_comfyui(base):
-    patcher = comfy_models._unet(0)
+    patcher = comfy_models._unet()
     comfy.model_management.load_models_gpu([patcher])
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, unet.CONTEXT_WIDTH)
     pooled, times = torch.randn(2, 64), torch.tensor([3, 700])
@@ -55,7 +55,7 @@ def test_the_unet_is_the_same_in_diffusers_and_comfyui(base):
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["a pencil sketch of a man in the snow, very dark skin", ""])
 def test_the_text_encoders_are_the_same_in_transformers_and_comfyui(base, prompt):
-    clip = comfy_models._clip(0)
+    clip = comfy_models._clip()
     ours, pooled = base.text(text.tokenize([prompt]))
     [[theirs, extra]] = nodes.CLIPTextEncode().encode(clip, prompt)[0]
     # Token embeddings are stored in half precision.
@@ -66,7 +66,7 @@ def test_the_text_encoders_are_the_same_in_transformers_and_comfyui(base, prompt
 @torch.no_grad()
 def test_an_unknown_word_gets_the_mean_of_the_vocabulary(base):
     ours, _ = base.text(text.tokenize(["a photo of a zebra"]))
-    [[theirs, _]] = nodes.CLIPTextEncode().encode(comfy_models._clip(0), "a photo of a zebra")[0]
+    [[theirs, _]] = nodes.CLIPTextEncode().encode(comfy_models._clip(), "a photo of a zebra")[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,9 +118,7 @@ def text_fingerprint(source: str | Path) -> str:
     if str(source) == MICROWORLD:
         from microworld import files
 
-        random = hashlib.sha256(b"microworld's random text encoders").hexdigest()
-        path = files.TEXT_ENCODERS
-        return sampled_sha256(path) if path.is_file() else random
+        return sampled_sha256(files.TEXT_ENCODERS)
     if Path(source).is_dir():
         folders = [Path(source) / f"text_encoder{end}" for end in ("", "_2")]
         files_of = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
@@ -160,19 +157,9 @@ def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _microworld_states() -> dict[str, dict[str, Tensor]]:
-    from microworld import files, random_weights
-    from microworld.config import TEXT_G, TEXT_L
+    from microworld import files
 
-    configs = dict(zip(_ENCODERS, (TEXT_L, TEXT_G), strict=True))
-    if files.TEXT_ENCODERS.is_file():
-        state: Mapping[str, Tensor] = files.read_weights(files.TEXT_ENCODERS)
-    else:
-        reference = {
-            f"{name}.transformer.{inner}": tensor
-            for name, config in configs.items()
-            for inner, tensor in _empty(config).state_dict().items()
-        }
-        state = random_weights.text_state_dict(reference)
+    state = files.read_weights(files.TEXT_ENCODERS)
     return {
         name: {
             key.removeprefix(f"{name}.transformer."): tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,8 +120,7 @@ def vae_fingerprint(source: str | Path) -> str:
     if str(source) == MICROWORLD:
         from microworld import files
 
-        random = hashlib.sha256(b"microworld's random VAE").hexdigest()
-        return sampled_sha256(files.VAE) if files.VAE.is_file() else random
+        return sampled_sha256(files.VAE)
     if Path(source).is_dir():
         return sampled_sha256(*sorted(_folder(Path(source)).glob("*.safetensors")))
     return sampled_sha256(Path(source))
@@ -195,25 +193,9 @@ def _tiny(state: Mapping[str, Tensor]) -> Any:
 
 
 def _microworld_state() -> Mapping[str, Tensor]:
-    from microworld import files, random_weights
+    from microworld import files
 
-    if files.VAE.is_file():
-        return files.read_weights(files.VAE)
-    return random_weights.vae_state_dict(_tiny_reference())
-
-
-def _tiny_reference() -> dict[str, Tensor]:
-    """TAESD's names and shapes."""
-    import diffusers
-
-    build: Any = diffusers.AutoencoderTiny
-    with torch.device("meta"):
-        state = build().state_dict()
-    names = {}
-    for name, tensor in state.items():
-        side, _, number, rest = name.split(".", 3)
-        names[f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"] = tensor
-    return names
+    return files.read_weights(files.VAE)
 
 
 def _folder(folder: Path) -> Path:

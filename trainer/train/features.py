@@ -52,9 +52,9 @@ _CAPTIONS = 16  # encoded at a time
 def load_image_encoder(encoder: Encoder) -> OpenClipVision:
     """E_clip of a configuration. Raises as ``load_open_clip``."""
     if encoder.clip_model == MICROWORLD:
-        from microworld.random_weights import open_clip_config_and_weights
+        from microworld.image_encoder import config_and_weights
 
-        config, weights = open_clip_config_and_weights()
+        config, weights = config_and_weights()
         return build_open_clip(config, weights, MICROWORLD)
     return load_open_clip(encoder.clip_model, encoder.clip_weights)
 
@@ -87,7 +87,7 @@ def clip_fingerprint(encoder: Encoder) -> str:
         return f"{encoder.clip_model} {sampled_sha256(Path(encoder.clip_weights))}"
     from microworld import files
 
-    return sampled_sha256(files.OPEN_CLIP) if files.OPEN_CLIP.is_file() else "random"
+    return sampled_sha256(files.OPEN_CLIP)
 
 
 def fingerprints_of(config: TrainConfig) -> Fingerprints:
