@@ -194,18 +194,23 @@ def clock(size: int, steps: int, pairs: int) -> None:
         begun = time.perf_counter()
         with torch.inference_mode():
             comfy.sample.sample(
-                models[which], noise, steps, CFG, "euler", "normal", text, text, latent, seed=0
-            )
+                models[which], noise, steps, CFG, "euler", "normal", text, text, latent, seed=0,
+                disable_pbar=True,
+            )  # fmt: skip
+        if place.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - begun
 
-    seconds("plain")  # warms up
+    for which in models:
+        seconds(which)  # warms up
     rows = [{which: seconds(which) for which in models} for _ in range(pairs)]
-    print(f"SDXL, {size} px, {steps} guided steps, {place}, {dtype}, median of {pairs}")
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
+    print(f"SDXL, {size} px, {steps} guided steps, {name}, {dtype}, median of {pairs}")
     for which in models:
         middle = statistics.median(r[which] for r in rows)
         ratios = [r[which] / r["plain"] for r in rows]
         print(
-            f"{which:8}{middle / steps:9.2f} s a step   ratio {statistics.median(ratios):.3f} "
+            f"{which:8}{middle / steps:9.3f} s a step   ratio {statistics.median(ratios):.3f} "
             f"({min(ratios):.3f} to {max(ratios):.3f})"
         )
 

@@ -47,6 +47,7 @@ from .models.vae import STRIDE, load_vae
 from .prepare.photo import PhotoError, read_pixels
 from .prompts import PromptFile, read_prompts, write_prompts
 from .train.features import load_image_encoder
+from .train.memory import memory_errors
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -175,6 +176,7 @@ def save_png(picture: Tensor, path: Path) -> None:
 # --- command line ----------------------------------------------------------------------------
 
 
+@memory_errors("making pictures", "give a smaller --width and --height, or --device cpu")
 def main(argv: Sequence[str]) -> int:
     """Make pictures, or encode prompts into a file. Returns the exit status."""
     values = _parser().parse_args(argv)

@@ -141,15 +141,39 @@ def cross_attention_over(
     ``q`` and ``text_out = Attn(q, k, v)`` are ``[rows, N, C]``, ``k`` and ``v [rows, M, C]`` the
     text's. ``terms(prompt, q)`` gives who takes effect in the people's rows of a prompt.
     """
-    text, merged = rows.split(text_out)
+    text, people_out = rows.split(text_out)
     people = [rows.split(x)[1] for x in (q, k, v)]
-    for prompt, (q_p, k_p, v_p) in enumerate(zip(*people, strict=True)):
-        if q_p.shape[0]:
-            found = terms(prompt, q_p)
-            merged[prompt] = merged_cross_attention(
-                q_p, found, k_p, v_p, merged[prompt], options, kernel
-            )
-    return rows.join(text, merged)
+    parts = list(zip(*people, people_out, strict=True))
+    found = [terms(prompt, part[0]) for prompt, part in enumerate(parts) if part[0].shape[0]]
+    parts = [part for part in parts if part[0].shape[0]]
+    if len(found) > 1 and all(_alike(found[0], other) for other in found[1:]):
+        # One product for all prompts instead of one each: on a GPU the calls cost more.
+        parts = [(_cat(a), _cat(b), _cat(c), _cat(d)) for a, b, c, d in [zip(*parts, strict=True)]]
+        found = [[_stacked(same) for same in zip(*found, strict=True)]]
+    merged = [
+        merged_cross_attention(q_p, terms_p, k_p, v_p, out_p, options, kernel)
+        for (q_p, k_p, v_p, out_p), terms_p in zip(parts, found, strict=True)
+    ]
+    return rows.join(text, _split(_cat(merged), [x.shape[0] for x in people_out]))
+
+
+def _alike(a: Sequence[IdentityTerm], b: Sequence[IdentityTerm]) -> bool:
+    """Whether the people of two prompts can be computed together."""
+    return len(a) == len(b) > 0 and all(
+        x.key.shape[1:] == y.key.shape[1:]
+        and x.strength == y.strength
+        and all(w is None for w in (x.token_weight, y.token_weight, x.mask, y.mask))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _stacked(terms: Sequence[IdentityTerm]) -> IdentityTerm:
+    """One person's terms of several prompts, for their rows one after another."""
+    return IdentityTerm(
+        key=torch.cat([t.key for t in terms]),
+        value=torch.cat([t.value for t in terms]),
+        strength=terms[0].strength,
+    )
 
 
 def _plain(

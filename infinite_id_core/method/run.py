@@ -40,10 +40,11 @@ class IdentityRun:
         self._tokens: dict[Place, Tensor] = {}
         self._key_values: dict[tuple[Place, str, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._masks: dict[Hashable, Tensor] = {}
+        self._weights: dict[int, Tensor | None] = {}
 
     def close(self) -> None:
         """Free everything."""
-        for cache in (self._tokens, self._key_values, self._masks):
+        for cache in (self._tokens, self._key_values, self._masks, self._weights):
             cache.clear()
 
     # --- streams and time ---
@@ -94,9 +95,17 @@ class IdentityRun:
             key=key.expand(rows),
             value=value.expand(rows),
             strength=person.strength,
-            token_weight=None if null else adapter.token_weight(person.identity),
+            token_weight=None if null else self._token_weight(index, adapter),
             mask=mask,
         )
+
+    def _token_weight(self, index: int, adapter: Adapter) -> Tensor | None:
+        """Weight of each token; None where all count alike."""
+        if index not in self._weights:
+            identity = self.people[index].identity
+            alike = bool((identity.weight == identity.weight[0]).all())
+            self._weights[index] = None if alike else adapter.token_weight(identity)
+        return self._weights[index]
 
     def key_value(
         self, index: int, path: str, like: Tensor, *, null: bool, adapter: Adapter

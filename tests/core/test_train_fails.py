@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import train_world
 
@@ -91,3 +92,35 @@ def test_a_fellow_that_waits_for_a_failed_one_ends_though_nothing_wakes_it(tmp_p
     assert ended.returncode != 0
     assert "RankLostError: Process 0 failed with ZeroDivisionError: of the test." in ended.stderr
     assert time.monotonic() - started < 100  # the fellow waits for ten minutes
+
+
+def test_memory_that_is_full_before_the_first_step_has_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infinite_id_core.errors import InfiniteIDError
+    from trainer.train import loop
+    from trainer.train.memory import LESS_MEMORY
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(loop, "prepare_unet", full)
+    config = train_world.config(train_world.shared(), run={"output": str(tmp_path / "run")})
+    with pytest.raises(InfiniteIDError, match="loading the models.*CUDA out of memory") as caught:
+        loop.train(config)
+    assert LESS_MEMORY in str(caught.value)
+
+
+def test_generate_names_a_full_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer import generate
+    from trainer.__main__ import main
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generate, "generate", full)
+    assert main(["generate", "--prompt", "a photo", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "MemoryFullError: While making pictures" in said and "--width" in said

@@ -21,6 +21,7 @@ from ..generate import Sources
 from ..models.unet import MICROWORLD
 from ..models.unet_names import HEAD_WIDTH
 from ..sheets import save_image
+from ..train.memory import memory_errors
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
 from .figures import SheetOptions, contact_sheet, scatter
 from .manifest import Row, check_files, read_manifest, write_manifest
@@ -35,6 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SEEDS = 1000
 
 
+@memory_errors("evaluating", "give a smaller --batch or --size, or --device cpu")
 def main(argv: Sequence[str]) -> int:
     """Make and score pictures, write the report. Returns the exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -74,7 +74,9 @@ def train(
         processes.alone_in(output),
         disk_errors(output),
     ):
-        return _Trainer(config, processes, resume, changed, recogniser).run()
+        with memory_errors("loading the models and the optimiser", LESS_MEMORY):
+            trainer = _Trainer(config, processes, resume, changed, recogniser)
+        return trainer.run()
 
 
 # --- the run ---------------------------------------------------------------------------------
