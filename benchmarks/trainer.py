@@ -327,7 +327,7 @@ def run_count(_values: argparse.Namespace) -> dict[str, float]:
 
     side = 1024
     with torch.device("meta"):
-        unet = _sdxl_unet()
+        unet = sdxl_unet()
         vae = _sdxl_vae()
         vision = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).visual
         small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -355,17 +355,19 @@ def run_count(_values: argparse.Namespace) -> dict[str, float]:
     return {"ours": passes["ours"] / 1e12, "plain": (passes["plain"] + encoders) / 1e12}
 
 
-def _sdxl_unet() -> Any:
+def sdxl_unet(width: int = 320) -> Any:
+    """diffusers' UNet of SDXL's shape, ``width`` channels at its finest level."""
     import diffusers
 
     build: Any = diffusers.UNet2DConditionModel
     return build(
         sample_size=128,
-        block_out_channels=(320, 640, 1280),
+        block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
+        # The number of heads, 64 wide each (a known misnomer).
+        attention_head_dim=tuple(max(1, width * m // 64) for m in (1, 2, 4)),
         cross_attention_dim=2048,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from benchmarks.trainer import sdxl_unet  # noqa: E402
 from infinite_id_core.hosts.diffusers_train import identity_training  # noqa: E402
 from infinite_id_core.hosts.diffusers_unet import unet_layers  # noqa: E402
 from infinite_id_core.method.adapter import infinite_id_adapter  # noqa: E402
@@ -34,22 +35,8 @@ GIB = 2**30
 
 def sdxl(width: int, device: torch.device) -> Any:
     """SDXL's UNet, ``width`` channels at its finest level (320), random weights, frozen."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(width, 2 * width, 4 * width),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=tuple(max(1, width * m // 64) for m in (1, 2, 4)),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = sdxl_unet(width)
     torch.nn.Module.to(unet, DTYPE)
     unet.to_empty(device=device)
     for parameter in unet.parameters():

@@ -76,6 +76,17 @@ class Rows:
         parts = _split(x, sizes)
         return list(parts[0::2]), list(parts[1::2])
 
+    def people_of(self, x: Tensor) -> Tensor:
+        """All people's rows, prompt after prompt; ``x`` itself where a call has no others."""
+        return _cat(self.split(x)[1]) if any(self.text) else x
+
+    def with_people(self, x: Tensor, people: Tensor) -> Tensor:
+        """The call's rows ``x`` with other ones of people, as ``people_of`` gives them."""
+        if not any(self.text):
+            return people
+        text, before = self.split(x)
+        return self.join(text, _split(people, [part.shape[0] for part in before]))
+
     def join(self, text: Sequence[Tensor], people: Sequence[Tensor]) -> Tensor:
         """Inverse of ``split``."""
         return torch.cat([part for pair in zip(text, people, strict=True) for part in pair])
@@ -141,20 +152,18 @@ def cross_attention_over(
     ``q`` and ``text_out = Attn(q, k, v)`` are ``[rows, N, C]``, ``k`` and ``v [rows, M, C]`` the
     text's. ``terms(prompt, q)`` gives who takes effect in the people's rows of a prompt.
     """
-    text, people_out = rows.split(text_out)
-    people = [rows.split(x)[1] for x in (q, k, v)]
-    parts = list(zip(*people, people_out, strict=True))
-    found = [terms(prompt, part[0]) for prompt, part in enumerate(parts) if part[0].shape[0]]
-    parts = [part for part in parts if part[0].shape[0]]
+    q_p = rows.split(q)[1]
+    found = [terms(prompt, part) for prompt, part in enumerate(q_p) if part.shape[0]]
+    sizes = [part.shape[0] for part in q_p if part.shape[0]]
     if len(found) > 1 and all(_alike(found[0], other) for other in found[1:]):
         # One product for all prompts instead of one each: on a GPU the calls cost more.
-        parts = [(_cat(a), _cat(b), _cat(c), _cat(d)) for a, b, c, d in [zip(*parts, strict=True)]]
-        found = [[_stacked(same) for same in zip(*found, strict=True)]]
+        found, sizes = [[_stacked(same) for same in zip(*found, strict=True)]], [sum(sizes)]
+    parts = zip(*(_split(rows.people_of(x), sizes) for x in (q, k, v, text_out)), strict=True)
     merged = [
-        merged_cross_attention(q_p, terms_p, k_p, v_p, out_p, options, kernel)
-        for (q_p, k_p, v_p, out_p), terms_p in zip(parts, found, strict=True)
+        merged_cross_attention(q_n, terms_n, k_n, v_n, out_n, options, kernel)
+        for (q_n, k_n, v_n, out_n), terms_n in zip(parts, found, strict=True)
     ]
-    return rows.join(text, _split(_cat(merged), [x.shape[0] for x in people_out]))
+    return rows.with_people(text_out, _cat(merged))
 
 
 def _alike(a: Sequence[IdentityTerm], b: Sequence[IdentityTerm]) -> bool:

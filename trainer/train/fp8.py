@@ -88,11 +88,7 @@ class _Narrow(nn.Module):
 class NarrowLinear(_Narrow):
     """A frozen ``nn.Linear`` with its weight ``[out, in]`` in 8 bits."""
 
-    def __init__(self, module: nn.Linear) -> None:
-        super().__init__(module)
-        self.in_features, self.out_features = module.in_features, module.out_features
-
-    def forward(self, x: Tensor, *_ignored: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
         return _product(x, self)
 
@@ -110,7 +106,6 @@ class NarrowConv2d(_Narrow):
 
     def __init__(self, module: nn.Conv2d) -> None:
         super().__init__(module)
-        self.in_channels, self.out_channels = module.in_channels, module.out_channels
         self.options: dict[str, Any] = {
             "stride": module.stride,
             "padding": module.padding,
@@ -118,7 +113,7 @@ class NarrowConv2d(_Narrow):
             "groups": module.groups,
         }
 
-    def forward(self, x: Tensor, *_ignored: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``[B, in, h, w]`` -> ``[B, out, h', w']``."""
         return _product(x, self)
 
