@@ -52,7 +52,7 @@ def _people(options: argparse.Namespace) -> None:
         write_people(
             options.folder, options.people, options.photos,
             size=options.size, held_out=options.held_out,
-            style=STYLES.index(options.style) if options.style else None,
+            style=STYLES.index(options.style) if options.style else None, progress=True,
         )
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from .captions import caption
 from .portraits import (
@@ -48,14 +49,15 @@ def write_people(
     size: int = 256,
     held_out: bool = False,
     style: int | None = None,
+    progress: bool = False,
 ) -> Path:
     """Draw `photos` pictures of each of `people`: `person_00012/3.png`, its caption beside it.
 
     Training people, or those kept out of all training; in one `style` (an index into STYLES) or in
-    all. The same arguments give the same bytes on one machine.
+    all. The same arguments give the same bytes on one machine. `progress` shows a bar.
     """
     seeds = (HELD_OUT_SEEDS if held_out else TRAIN_SEEDS)[:people]
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="people", unit=" people", disable=not progress):
         place = folder / f"person_{seed:05d}"
         place.mkdir(parents=True, exist_ok=True)
         identity = Identity.from_seed(seed)

@@ -16,7 +16,7 @@ from infinite_id_core.method.attention import Mixing, StreamOptions, Style
 from infinite_id_core.method.face_clip import ClipLayer, Embedding
 from infinite_id_core.sdxl.schedule import TIMESTEPS, Scheduler
 
-from .config_checks import each_of, in_range, not_empty, one_of
+from .config_checks import below, each_of, in_range, not_empty, one_of
 from .data_index import Filters
 from .errors import ConfigValueError
 
@@ -390,10 +390,7 @@ class TrainConfig:
             raise ConfigValueError(
                 "optimiser.precision 'fp16' does not run on the CPU; use 'bf16' or 'fp32'."
             )
-        if self.optimiser.warmup >= self.run.steps:
-            raise ConfigValueError(
-                f"optimiser.warmup {self.optimiser.warmup} is not below run.steps {self.run.steps}."
-            )
+        below("optimiser.warmup", self.optimiser.warmup, "run.steps", self.run.steps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for checkpoints and logs."""

@@ -17,6 +17,14 @@ def in_range(section: str, values: Any, **ranges: tuple[float, float]) -> None:
             raise ConfigValueError(f"{section}.{name} must lie in [{low}, {high}], got {value!r}.")
 
 
+def below(lower: str, low: int, upper: str, high: int) -> None:
+    """Two keys of which one must be smaller."""
+    if low >= high:
+        raise ConfigValueError(
+            f"{lower} {low} is not below {upper} {high}: set a smaller {lower}, or a larger {upper}."
+        )
+
+
 _SYNONYMS = {"gpu": "cuda", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 

@@ -30,7 +30,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = read_toml(path)
     for override in overrides:
         _override(values, override)
-    return parse_config(values, str(path))
+    return parse_config(values, " with --set ".join([str(path), *overrides]))
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:

@@ -119,6 +119,10 @@ class RankLostError(InfiniteIDError):
     """Another process of this run is gone."""
 
 
+class WorkerDiedError(InfiniteIDError):
+    """A process that reads samples was ended by the system; the message says what to set."""
+
+
 class TrackerError(InfiniteIDError):
     """A tracker of the run's numbers cannot start."""
 

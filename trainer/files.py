@@ -72,6 +72,15 @@ def locked(folder: Path, who: str, wait: float | None = None) -> Iterator[None]:
         lock.release()
 
 
+def check_writable(folder: Path) -> None:
+    """Whether a folder can be written to, or made; nothing is made. Raises ``UnreadableError``."""
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not place.is_dir():
+        raise UnreadableError(folder, "is, or lies in, a file; expected a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UnreadableError(folder, f"cannot be written to ({place} does not allow it).")
+
+
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the folder just now; nothing is made or waited for."""
     if not (folder / LOCK).is_file():

@@ -26,6 +26,7 @@ from infinite_id_core.faces.pack import load_face_models
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.identities import read_identity
+from infinite_id_core.files.system import writing
 from infinite_id_core.hosts.diffusers_sample import (
     AppliedIdentity,
     Prompt,
@@ -167,9 +168,9 @@ def _embedded_faces() -> Path:
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write ``[3, H, W]`` in [0, 1] atomically."""
+    """Write ``[3, H, W]`` in [0, 1] atomically. Raises ``DiskFullError``, ``NotWrittenError``."""
     pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    with replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         Image.fromarray(pixels).save(temporary, "PNG")
 
 

@@ -65,8 +65,13 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
         start = file.read(512)
     try:
         if start.startswith(b"PAR1"):
+            from .index_file import INDEX
             from .inspect_data import inspect_index
 
+            if path.name != INDEX:  # its shards are found from its name and place
+                raise UnknownFileError(
+                    path, f"is a Parquet file; expected a dataset's {INDEX}, or its folder."
+                )
             return inspect_index(path.parent, verify)
         if start[257:262] == b"ustar":
             from .inspect_data import inspect_shard
@@ -76,6 +81,8 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
             return _pickle(path)
         if start[8:9] == b"{":
             return _safetensors(path)
+    except UnknownFileError:
+        raise
     except FileError as error:
         return Findings(kind=_guess(start), problems=[error.problem])
     raise UnknownFileError(

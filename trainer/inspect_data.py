@@ -18,6 +18,7 @@ from infinite_id_core.files.system import open_regular, reading
 from .data_index import Filters
 from .findings import Findings, in_short
 from .index_file import read_index
+from .prepare.parts import files_not_used, photos_left_out
 from .shards import SHARDS, ShardReader
 from .tars import Member, TarError, read_members
 
@@ -44,7 +45,11 @@ def inspect_index(folder: Path, verify: bool) -> Findings:
             "photos left by the default filters": int(Filters().mask(kept).sum()),
         },
     )
-    findings.tables["photos"] = [("what became of them", "photos"), *info.counts.items()]
+    photos = {"kept": info.counts.get("kept", 0), **photos_left_out(info.counts)}
+    findings.tables["photos"] = [("what became of them", "photos"), *photos.items()]
+    others = files_not_used(info.counts)
+    if others:
+        findings.tables["other files"] = [("why they are not used", "files"), *others.items()]
     _look_at_shards(findings, folder, kept["shard"].to_pylist())
     _look_at_photos(findings, folder, kept, verify)
     return findings

@@ -11,31 +11,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from infinite_id_core.errors import FileMissingError
+from infinite_id_core.files.system import read_bytes
 from infinite_id_core.packages import require
 
-from .errors import ConfigSyntaxError, UnreadableError
+from .errors import ConfigSyntaxError
 from .texts import decode_text
 
 # A text in double quotes with a single backslash, as in "C:\data".
 _PATH = re.compile(r'(?m)^[^#\n]*?"((?:[^"\\\n]|\\\\)*\\(?![\\"])[^"\n]*)"')
 # ... that is a drive's, or starts no escape of TOML's.
 _NO_ESCAPE = re.compile(r'[A-Za-z]:|(?:[^\\]|\\\\)*\\(?![\\"btnfre]|[uU][0-9A-Fa-f]{4})')
+_LIMIT = 2**24  # bytes of a file
 _CONTROL = re.compile("[\b\t\f\r\x1b]")  # what \b, \t, \f, \r and \e stand for
+_ONE_WORD = re.compile(r"[^\s]+\n[^\s]+")  # of a path; texts of two lines have spaces
 _DRIVE = re.compile(r"[A-Za-z]:[\x00-\x1f]")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file, in UTF-8 or another encoding, with a mark (BOM) or without.
 
-    Raises ``FileMissingError``, ``UnreadableError``, ``ConfigSyntaxError``, which for a Windows
-    path says how to write it.
+    Raises ``FileMissingError``, ``UnreadableError``, ``FileTooLargeError``,
+    ``ConfigSyntaxError``, which for a Windows path says how to write it.
     """
     if not path.is_file():
         raise FileMissingError(path, "no such configuration file.")
     try:
-        text = decode_text(path.read_bytes())
-    except OSError as error:
-        raise UnreadableError(path, f"cannot be read ({error.strerror}).") from error
+        text = decode_text(read_bytes(path, _LIMIT))
     except ValueError as error:
         raise ConfigSyntaxError(f"{path}: {error}") from error
     return parse_toml(text.replace("\r\n", "\n"), str(path))
@@ -51,7 +52,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         problem = "too deeply nested" if isinstance(error, RecursionError) else str(error)
         raise ConfigSyntaxError(f"{source}: is not TOML ({problem}).{advice}") from error
     for place, value in _texts(values):
-        if _CONTROL.search(value) or _DRIVE.match(value):
+        if _CONTROL.search(value) or _DRIVE.match(value) or _ONE_WORD.fullmatch(value):
             raise ConfigSyntaxError(
                 f"{source}: {place} holds a tab or another sign that no path has ({value!r})."
                 + _advice(_as_written(value))

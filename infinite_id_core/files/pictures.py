@@ -15,10 +15,11 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from ..errors import DamagedPictureError, UnknownPictureError
 from ..packages import require
+from .picture_costs import check_cost
 
 HEAD = 64  # bytes that tell a format
 MAX_PIXELS = 2**28
@@ -127,7 +128,8 @@ def open_picture(data: bytes) -> ImageFile.ImageFile:
     if name is None:
         raise UnknownPictureError(
             f"no picture of a known format (it starts with {data[:8]!r}). Read are JPEG, PNG, "
-            "WebP, TIFF, BMP, GIF, AVIF, HEIC, JPEG 2000, TGA and PPM; save it as one of them."
+            "WebP, TIFF, BMP, GIF, AVIF, JPEG 2000, TGA, PPM and, with the package pillow-heif, "
+            "HEIC; save it as one of them."
         )
     if name == "HEIF":
         _register_heif()
@@ -137,16 +139,24 @@ def open_picture(data: bytes) -> ImageFile.ImageFile:
             "install -U pillow), or save the picture as JPEG or PNG."
         )
     try:
-        if name == "JPEG":
-            # Image.open refuses very large pictures; this one can be decoded at an eighth.
-            return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(_without_text(data)), formats=(name,))
+        image = _opened(name, data)
+        check_cost(image, data)
+        return image
+    except DamagedPictureError:
+        raise
     except Image.DecompressionBombError as error:
         raise DamagedPictureError(str(error).partition(",")[0], too_large=True) from error
     except Exception as error:  # decoders raise anything on damaged files
         raise damaged(error) from error
+
+
+def _opened(name: str, data: bytes) -> ImageFile.ImageFile:
+    if name == "JPEG":
+        # Image.open refuses very large pictures; this one can be decoded at an eighth.
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(_without_text(data)), formats=(name,))
 
 
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -196,7 +206,10 @@ _TURNS = {
 
 def damaged(error: Exception) -> DamagedPictureError:
     """What a decoder raised, by its name here."""
-    text = str(error)
+    # Pillow names the object in memory of a file that it does not know.
+    text = "no picture, or its first bytes are damaged"
+    if not isinstance(error, UnidentifiedImageError):
+        text = str(error)
     cut = "truncated" in text.lower() or isinstance(error, EOFError)
     return DamagedPictureError(text or type(error).__name__, truncated=cut)
 

@@ -2,12 +2,14 @@
 
 Run as ``failing_train.py RANK KIND MARK ARGUMENT ...``, by itself or under torchrun. When the
 fault comes, the time is written to the file MARK. KIND: ``plain``, an exception that is none of
-ours, or ``memory``, the accelerator's own "out of memory".
+ours, ``memory``, the accelerator's own "out of memory", or ``killed``: its readers are.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +35,10 @@ def main() -> int:
         calls[0] += 1
         if calls[0] == FAULTY_STEP and int(os.environ.get("RANK", "0")) == int(rank):
             Path(mark).write_text(str(time.time()), encoding="utf-8")
+            if kind == "killed":
+                for reader in multiprocessing.active_children():
+                    os.kill(reader.pid or 0, signal.SIGKILL)
+                return losses(self, *inputs)
             if kind == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
             raise ZeroDivisionError("a fault of the test")

@@ -6,10 +6,14 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +26,8 @@ from trainer import __main__ as cli
 from trainer.inspect import inspect_file
 
 from . import hostile_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shard(path: Path, *records: bytes, **members: bytes) -> Path:
@@ -197,6 +203,21 @@ def test_an_oserror_that_nobody_named_is_no_traceback(monkeypatch, capsys):
     assert cli.main(["inspect", "x"]) == 1
     said = capsys.readouterr().err
     assert "some/file" in said and "Permission denied" in said and "Traceback" not in said
+
+
+def test_a_parquet_file_that_is_no_index_is_not_taken_for_the_one_beside_it(tmp_path, capsys):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    assert cli.main(["inspect", str(tmp_path / "other.parquet")]) == 1
+    assert "UnknownFileError" in capsys.readouterr().err
+
+
+def test_a_path_that_the_console_cannot_show_is_spelt_out(tmp_path):
+    path = tmp_path / "\u4eba.safetensors"
+    words = [sys.executable, "-m", "trainer", "inspect", str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "\\u4eba.safetensors: no such file" in ended.stderr
 
 
 def test_sound_files_stay_sound(tmp_path):

@@ -158,6 +158,62 @@ def test_too_many_pixels_are_refused_undecoded():
         assert caught.value.too_large
 
 
+def with_scans(image: Image.Image, scans: int) -> bytes:
+    """A progressive JPEG whose last scan stands there ``scans`` times more."""
+    whole = encoded(image, "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * scans + whole[-2:]
+
+
+@pytest.mark.parametrize(("side", "scans", "sound"), [(64, 200, True), (64, 300, False)])
+def test_a_jpeg_of_hundreds_of_scans_is_refused_undecoded(side, scans, sound, monkeypatch):
+    data = with_scans(Image.new("L", (side, side), 100), scans)
+    if sound:
+        assert pictures.read_picture(data).size == (side, side)
+        return
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(DamagedPictureError, match="256 scans") as caught:
+        pictures.read_picture(data)
+    assert caught.value.too_large
+
+
+def test_a_large_jpeg_may_have_fewer_scans():
+    data = with_scans(Image.new("L", (8000, 8000), 100), 70)
+    with pytest.raises(DamagedPictureError, match="more than 67 scans"):
+        pictures.open_picture(data)
+
+
+def test_marks_of_scans_in_a_film_or_thumbnail_are_none():
+    film = b"\xff\xda" * 1000
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(film)) + film
+    whole = encoded(smooth(), "JPEG", progressive=True)
+    assert pictures.read_picture(whole[:2] + comment + whole[2:] + film).size == smooth().size
+
+
+def giant_tile(side: int, compression: int) -> bytes:
+    """A TIFF of 100 x 100 pixels in one tile of ``side``."""
+    values = [(256, 100), (257, 100), (258, 8), (259, compression), (262, 1), (277, 1)]
+    values += [(322, side), (323, side), (324, 8), (325, 40)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    head = b"II*\0" + struct.pack("<I", 48) + zlib.compress(bytes(1000), 9).ljust(40, b"\0")
+    return head + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8])
+def test_a_tile_far_larger_than_its_tiff_is_refused_undecoded(compression):
+    with pytest.raises(DamagedPictureError, match="tiles of 40960 x 40960") as caught:
+        pictures.open_picture(giant_tile(40960, compression))
+    assert caught.value.too_large
+    assert pictures.open_picture(giant_tile(1024, compression)).size == (100, 100)
+
+
+@pytest.mark.parametrize("data", [b"BM" + bytes(12) + struct.pack("<I", 40), b"P6\n", b"II*\0"])
+def test_what_pillow_does_not_know_is_said_without_an_address(data):
+    with pytest.raises(DamagedPictureError) as caught:
+        pictures.open_picture(data + b"\xff" * 60)
+    assert "0x" not in str(caught.value) and "BytesIO" not in str(caught.value)
+
+
 # --- HEIC ------------------------------------------------------------------------------------
 
 HEIC = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100)

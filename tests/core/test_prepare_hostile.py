@@ -78,6 +78,7 @@ def test_bad_photos_and_sidecars_end_no_run_and_no_second_one(pack, tmp_path):
     (p0 / "0.json").write_bytes(b'{"caption": "half \\ud800", "url": "\\udfff", "license": "l"}')
     (p0 / "1.json").write_bytes(b"[" * 100_000)
     (source / "p1" / "0.txt").write_bytes("in café".encode("utf-16"))
+    (source / "p1" / "1.json").write_bytes(b'{"licence": "' + "人".encode() * 340_000 + b'"}')
     wanted = {name: reason for name, (_, reason) in bad.items()} | {"1.json": "bad_sidecar"}
     if os.name == "posix":
         os.mkfifo(p0 / "a.jpg")
@@ -89,8 +90,9 @@ def test_bad_photos_and_sidecars_end_no_run_and_no_second_one(pack, tmp_path):
         summary = run(source, output, pack, licence="mine")
         assert summary.info.counts["kept"] == 4 and reasons(output) == wanted
     rows = {row["source"]: row for row in Dataset(output, SMALL, None).table.to_pylist()}
-    assert sorted(row["licence"] for row in rows.values()) == ["", "l", "mine", "mine"]
+    assert sorted(row["licence"] for row in rows.values()) == ["", "", "l", "mine"]
     assert rows["p0/1.jpg"]["licence"] == ""  # its record may have named another
+    assert rows["p1/1.jpg"]["licence"] == ""  # longer than any licence
     assert rows["p1/0.jpg"]["caption"] == "in café"
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "secret" not in page and str(tmp_path) not in page

@@ -17,6 +17,7 @@ from trainer import tars
 from trainer.errors import InputKindError
 from trainer.prepare import parts, reading, sources, tar_sources
 from trainer.prepare.options import PrepareOptions
+from trainer.prepare.photo import PhotoError
 from trainer.texts import decode_text
 
 JPEG = b"\xff\xd8\xff\xe0 a photo"
@@ -156,6 +157,13 @@ def test_links_pipes_and_sparse_files_in_a_tar_are_counted(tmp_path):
     found, problems = in_tar(tmp_path)
     assert list(found) == ["e.jpg"]
     assert problems == {"a.jpg": "link", "b.jpg": "link", "c.jpg": "unreadable"}
+
+
+def test_a_member_with_a_name_that_no_index_takes_is_counted(tmp_path):
+    make_tar(tmp_path / "x.tar", [("a" * 10**6 + ".jpg", JPEG), ("b.jpg", JPEG)])
+    found, problems = tar_sources.list_tar(tmp_path, "x.tar")
+    assert [source.name for source in found] == ["x.tar/b.jpg"]
+    assert [(len(p.name) <= 2**12, p.reason) for p in problems] == [(True, "unreadable")]
 
 
 def test_tars_that_were_joined_are_read_to_the_end(tmp_path):
@@ -331,6 +339,57 @@ def test_compressed_tars_are_counted_or_named(tmp_path):
 
 
 @posix
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("x.tar.gz", "gunzip"),
+        ("x.tgz", "gunzip"),
+        ("x.zip", "unpack the archive"),
+        ("x.7z", "unpack the archive"),
+        ("x.jpg", "give the folder"),
+        ("x", "give the folder"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["auto", "webdataset", "heap"])
+def test_a_single_file_that_is_no_shard_says_what_to_give(tmp_path, name, told, kind):
+    touch(tmp_path / name)
+    with pytest.raises(InputKindError, match=told):
+        sources.list_input(tmp_path / name, PrepareOptions(kind=kind))
+
+
+@pytest.mark.parametrize("name", ["old.tar.gz", "old.zip"])
+def test_an_archive_beside_people_hides_nobody(tmp_path, name):
+    touch(tmp_path / name, b"\x1f\x8b")
+    touch(tmp_path / "anna" / "1.jpg")
+    listing = sources.list_input(tmp_path, PrepareOptions())
+    assert listing.kind == "folders" and len(listing.parts[0].sources) == 1
+    assert [(p.name, p.reason) for p in listing.parts[0].problems] == [(name, "other_file")]
+
+
+def test_a_shard_beside_people_is_asked_about(tmp_path):
+    make_tar(tmp_path / "old.tar", [("a.jpg", JPEG)])
+    (tmp_path / "log").mkdir()
+    assert sources.list_input(tmp_path, PrepareOptions()).kind == "webdataset"
+    touch(tmp_path / "anna" / "1.jpg")
+    with pytest.raises(InputKindError, match="--kind webdataset or --kind folders"):
+        sources.list_input(tmp_path, PrepareOptions())
+
+
+@posix
+def test_a_file_without_a_suffix_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    path = touch(tmp_path / "anna" / "1")
+
+    def no_right(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", no_right)
+    found, problems = listed(tmp_path)
+    assert list(found) == ["anna/1"] and not problems
+    with pytest.raises(PhotoError, match="Permission denied"):
+        reading.read_blob(tmp_path, found["anna/1"].photo, 2**20)
+    assert path.is_file()
+
+
 def test_links_to_people_and_photos_are_followed_once_each(tmp_path):
     store, root = tmp_path / "store", tmp_path / "in"
     touch(store / "anna" / "1.jpg")
@@ -441,6 +500,24 @@ def test_a_record_that_cannot_be_read_is_counted_and_not_taken_for_none(tmp_path
         ("p/1.json", "bad_sidecar"),
         ("p/1.txt", "bad_sidecar"),
     ]
+
+
+def test_texts_that_are_longer_than_an_index_takes_are_counted_and_left_out(tmp_path):
+    long = "\u4eba" * 2**15  # of three bytes each
+    for name, record in {
+        "1": {"caption": long, "license": "l"},
+        "2": {"licence": long, "url": "u" * 2**15, "who": long, "workflow": "w" * 2**15},
+    }.items():
+        touch(tmp_path / "p" / f"{name}.jpg")
+        touch(tmp_path / "p" / f"{name}.json", json.dumps(record).encode())
+    touch(tmp_path / "p" / "1.txt", long.encode())
+    found, _ = listed(tmp_path)
+    first, second = (reading.read_sidecars(tmp_path, found[f"p/{n}.jpg"], "who") for n in (1, 2))
+    assert (first.caption, first.record, first.record_is_bad) == ("", {"license": "l"}, False)
+    assert [p.name for p in first.problems] == ["p/1.json", "p/1.txt"]
+    assert second.record_is_bad and list(second.record) == ["workflow"]
+    assert all("16384 letters" in problem.detail for problem in second.problems)
+    assert len(second.problems) == 3 and {p.reason for p in second.problems} == {"bad_sidecar"}
 
 
 def test_half_letters_of_json_can_be_written():

@@ -526,10 +526,16 @@ def test_the_command_line_with_the_embedded_pack(people, tmp_path, capsys):
                  "--detector-size", "256", "--purify-cosine", "-1", "--workers", "1",
                  "--provider", "cpu", "--no-report", "--no-progress"]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
-    assert "20 photos of 5 people" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "20 photos of 5 people" in said and "photos left out: none\n" in said
     _, info = read_index(tmp_path / "set")
     assert info.recogniser == "microworld/rec"
     assert cli.main(["prepare", str(tmp_path / "none"), *map(str, arguments[2:])]) == 1
     assert "FileMissingError" in capsys.readouterr().err
+    archive = tmp_path / "people.zip"
+    archive.write_bytes(b"PK")
+    assert cli.main(["prepare", *map(str, (archive, tmp_path / "no", *arguments[3:]))]) == 1
+    assert "unpack the archive" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
     with pytest.raises(SystemExit):
         cli.main(["prepare"])

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from infinite_id_core.errors import FileMissingError
+from infinite_id_core.errors import FileError, FileMissingError
 from trainer.config_file import read_config
 from trainer.errors import ConfigSyntaxError
+from trainer.evaluate.manifest import read_manifest
+from trainer.evaluate.prompt_sets import load_prompt_set
 from trainer.toml_files import parse_toml, read_toml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,13 +67,28 @@ def test_windows_paths_say_what_to_write_instead(written):
     assert parse_toml(f"unet = '{plain}'", "c.toml") == {"unet": plain}
 
 
+def test_a_path_that_became_two_lines_says_what_to_write_instead():
+    with pytest.raises(ConfigSyntaxError, match=r"'data\\new'"):
+        parse_toml('folder = "data\\new"', "x.toml")
+    assert parse_toml('note = """two lines\nof text"""', "x.toml") == {"note": "two lines\nof text"}
+
+
+@pytest.mark.parametrize("read", [read_toml, read_manifest, load_prompt_set])
+def test_a_text_file_of_gigabytes_is_not_read(read, tmp_path):
+    path = tmp_path / "large.csv"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(FileError, match="has 8589934592 bytes"):
+        read(path)
+
+
 def test_paths_written_rightly_and_other_mistakes_are_left_alone():
-    right = {"a": r"C:\Users\me", "b": "C:/Users/me", "c": "two\nlines"}
+    right = {"a": r"C:\Users\me", "b": "C:/Users/me", "c": "two lines\nof text"}
     text = r"""
 # not "C:\Users"
 a = "C:\\Users\\me"
 b = "C:/Users/me"
-c = "two\nlines"
+c = "two lines\nof text"
 """
     assert parse_toml(text, "c.toml") == right
     with pytest.raises(ConfigSyntaxError) as caught:

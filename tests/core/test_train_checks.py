@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from infinite_id_core.errors import (
     FileMissingError,
     MissingTensorError,
     ModelMismatchError,
+    UnreadableError,
 )
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_sample import Prompt
@@ -69,6 +71,38 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_run_that_is_sound_is(make: Make) -> None:
     assert "learning" in dry_run(make(previews={"every": 2}))
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+@pytest.mark.parametrize("section", ["run", "data"])
+def test_a_folder_that_cannot_be_made(
+    make: Make, refused: Any, tmp_path: Path, section: str, place: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    folder = file if place == "file" else file / "below"
+    key = {"run": "output", "data": "cache"}[section]
+    refused(make(**{section: {key: str(folder)}}), UnreadableError, "expected a folder")
+
+
+def test_a_folder_that_may_not_be_written_to(
+    make: Make, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda place, mode: "own" not in str(place) and allowed(place, mode)
+    )
+    refused(make(data={"cache": str(tmp_path / "own" / "new")}), UnreadableError, "does not allow")
+    assert not (tmp_path / "own" / "new").exists()
+
+
+def test_a_checkpoint_with_a_damaged_state(make: Make, refused: Any) -> None:
+    loop.train(make(run={"steps": 1}))
+    config = make(run={"steps": 2})
+    (last,) = state.checkpoints(state.checkpoint_folder(config))
+    (last / state.STATE).write_bytes(b"PK\x03\x04 no more")
+    refused(config, ResumeError, "the checkpoint is damaged")
 
 
 def test_an_image_encoder_that_is_not_there_or_another(

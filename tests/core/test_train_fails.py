@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,34 @@ def test_a_fellow_that_waits_for_a_failed_one_ends_though_nothing_wakes_it(tmp_p
     assert ended.returncode != 0
     assert "RankLostError: Process 0 failed with ZeroDivisionError: of the test." in ended.stderr
     assert time.monotonic() - started < 100  # the fellow waits for ten minutes
+
+
+@pytest.mark.parametrize(
+    ("told", "advice"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "fewer data.workers"),
+        ("DataLoader worker (pid(s) 12) exited unexpectedly", "fewer data.workers"),
+        ("DataLoader worker (pid 12) is killed by signal: Bus error. It is", "--shm-size"),
+    ],
+)
+def test_a_reader_that_the_system_ended_is_named(told: str, advice: str) -> None:
+    from trainer.errors import WorkerDiedError
+    from trainer.train.workers import batches
+
+    def lost() -> Iterator[dict[str, torch.Tensor]]:
+        yield {"number": torch.zeros(1)}
+        raise RuntimeError(told)
+
+    with pytest.raises(WorkerDiedError, match=advice), batches(lost()) as read:
+        list(read)
+
+
+def test_a_killed_reader_ends_the_run_by_name(tmp_path: Path) -> None:
+    seconds, ended = run(tmp_path, kind="killed", workers=1)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("WorkerDiedError: ")
+    assert "goes on from the last checkpoint" in ended.stderr
+    assert seconds < SECONDS * crowding()
 
 
 def test_memory_that_is_full_before_the_first_step_has_the_same_name(

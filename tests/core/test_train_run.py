@@ -371,6 +371,70 @@ def test_a_damaged_checkpoint_is_named(plain_run: Path, settings: Any, tmp_path:
     assert loop.train(config).step == 5
 
 
+def no_list(values: Any) -> Any:
+    return [values]
+
+
+def other_groups(values: Any) -> Any:
+    values["optimiser"]["param_groups"] *= 2
+    return values
+
+
+def other_shapes(values: Any) -> Any:
+    for state_of_one in values["optimiser"]["state"].values():
+        state_of_one["exp_avg"] = torch.zeros(3)
+    return values
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_list,
+        lambda values: {},
+        lambda values: {**values, "optimiser": {"state": {}}},
+        lambda values: {**values, "optimiser": {"state": [], "param_groups": {}}},
+        other_groups,
+        other_shapes,
+    ],
+)
+def test_a_state_of_something_else_is_named(
+    plain_run: Path, settings: Any, tmp_path: Path, damage: Any
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / state.STATE
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    with pytest.raises(ResumeError, match="step-00000004: the checkpoint is damaged"):
+        loop.train(settings(run={"steps": 5}, checkpoints={"every": 2}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"config": []},
+        {"config": {"run": None}},
+        {"fingerprints": []},
+        {"fingerprints": {"unet": 1}},
+        {"step": "4"},
+        {"step": -5},
+        {"step": True},
+        {"world": "one"},
+        {"validated": []},
+        {"changes": [1]},
+        {"changes": [{"changed": "text"}]},
+        {"changes": 3},
+        {"more": 1},
+    ],
+)
+def test_a_record_of_something_else_is_named(
+    plain_run: Path, settings: Any, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    shutil.copytree(plain_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / state.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **damage}), "utf-8")
+    with pytest.raises(ResumeError, match="step-00000004: is no checkpoint of this trainer"):
+        loop.train(settings(run={"steps": 5}, checkpoints={"every": 2}))
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(
     monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:
@@ -490,7 +554,7 @@ def test_a_cache_with_a_number_that_is_none_is_named_and_computed_again(
     assert filling.fill_caches(config)
     (pack,) = Caches.below(config).latents.folder.glob("*.safetensors")
     save_file({k: t + float("nan") for k, t in load_file(pack).items()}, pack)
-    with pytest.raises(NotFiniteError, match=f"{pack.name}.*holds NaN.*Delete it"):
+    with pytest.raises(NotFiniteError, match=f"{pack.name}.*holds NaN.*Delete the file"):
         loop.train(config)
     pack.unlink()
     assert loop.train(config).finished

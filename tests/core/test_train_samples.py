@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from infinite_id_core.errors import NotFiniteError
+from infinite_id_core.errors import NotFiniteError, TruncatedFileError, WrongShapeError
 from infinite_id_core.files.safetensors_file import read_header
 from infinite_id_core.hosts.diffusers_sample import default_size_ids
 from trainer.config import Data
@@ -307,6 +308,42 @@ def test_a_damaged_pack_is_computed_again(tmp_path: Path) -> None:
     assert not damaged.exists()
     again.refresh()
     assert again.missing(["a"]) == []
+
+
+def test_a_pack_that_is_cut_while_it_is_read_has_a_name(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.write({"a": torch.ones(2**16), "b": torch.ones(2**16)})
+    cache.read("a")
+    (pack,) = tmp_path.glob("*.safetensors")
+    with pack.open("r+b") as file:  # as another program might, in place
+        file.truncate(2**12)
+    with pytest.raises(TruncatedFileError, match="was cut while it was read"):
+        cache.read("b")
+
+
+def test_an_entry_of_another_shape_is_named(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.write({"a": torch.ones(4, 8, 8)})
+    assert cache.read("a", (4, None, 8)).shape == (4, 8, 8)
+    for shape in ((4, 8, 16), (4, 8), (None, None, None, None)):
+        with pytest.raises(WrongShapeError, match="run the same command again"):
+            cache.read("a", shape)
+
+
+def test_a_latent_of_another_size_gives_its_name_and_not_a_traceback(samples: Samples) -> None:
+    choice = samples.plan.choice(0)
+    key = samples.keys.latent(
+        samples.plan.dataset.row(choice.target), samples.plan.crop(choice.target, choice.crop)
+    )
+    path = samples.caches.latents._packs[key]
+    kept = path.read_bytes()
+    try:
+        tensors = {name: torch.zeros(4, 3, 3) for name in load_file(path)}
+        save_file(tensors, path)
+        other = Samples(samples.plan, samples.keys, Caches.below(samples.plan.config))
+        assert isinstance(other[0]["error"], WrongShapeError)
+    finally:
+        path.write_bytes(kept)
 
 
 def test_a_full_disk_leaves_no_half_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from infinite_id_core.files.adapters import read_adapter
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import FilterError, ResumeError, TooFewPeopleError
-from trainer.train import filling, loop, state
+from trainer.train import checks, filling, loop, state
 from trainer.train.bands import band_name, band_range
 from trainer.train.checks import check_validation
 from trainer.train.estimate import dry_run
@@ -413,6 +413,18 @@ def test_another_question_starts_the_best_anew(
     loop.train(make(run={"steps": 8}, validation={"seed": 3}))
     last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert state.read_record(last).validated["best"] == 6  # evaluated anew before going on
+    assert "starts anew" in caplog.text
+
+
+def test_weights_stored_otherwise_start_the_best_anew(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses_in_turn(monkeypatch, 1.0, 2.0, 3.0, 4.0, 5.0)
+    loop.train(make(run={"steps": 4}))
+    monkeypatch.setattr(checks, "check_fp8", lambda _: None)
+    loop.train(make(run={"steps": 6}, model={"unet_dtype": "fp8"}), changed=True)
+    last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert state.read_record(last).validated["best"] == 4
     assert "starts anew" in caplog.text
 
 

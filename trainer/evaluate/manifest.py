@@ -13,12 +13,14 @@ from typing import Any
 from infinite_id_core.errors import FileMissingError
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.cells import csv_cell, from_csv_cell
+from infinite_id_core.files.system import read_bytes
 
 from ..errors import ManifestError, MissingPicturesError, disk_errors
 from ..texts import decode_text
 
 COLUMNS = ("image", "reference", "identity", "prompt", "seed", "method")
 _FILLED = ("image", "reference", "identity", "method")  # never empty
+_LIMIT = 2**28  # bytes of a file
 _LISTED = 5  # missing files named in the message
 
 
@@ -43,15 +45,13 @@ def read_manifest(path: str | Path) -> list[Row]:
     """The rows of a ``.csv``, or of JSON lines under any other name.
 
     Relative paths start at the manifest's folder; columns beyond ours are ignored. Raises
-    ``FileMissingError``, ``ManifestError``.
+    ``FileMissingError``, ``UnreadableError``, ``FileTooLargeError``, ``ManifestError``.
     """
     path = Path(path)
     if not path.is_file():
         raise FileMissingError(path, "no such manifest.")
     try:
-        text = decode_text(path.read_bytes())
-    except OSError as error:
-        raise ManifestError(path, f"cannot be read ({error.strerror}).") from error
+        text = decode_text(read_bytes(path, _LIMIT))
     except ValueError as error:
         raise ManifestError(path, str(error)) from error
     read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows

@@ -10,10 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from infinite_id_core.errors import FileError
+from infinite_id_core.files.system import read_bytes
+
 from ..errors import PromptSetError
 from ..texts import decode_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompt_sets"
+_LIMIT = 2**24  # bytes of a file
 SUBJECT = "{person}"
 
 
@@ -38,8 +42,8 @@ def load_prompt_set(name: str, subject: str = "a person") -> tuple[EvalPrompt, .
     """
     path = FOLDER / f"{name}.txt" if name in known_sets() else Path(name)
     try:
-        lines = decode_text(path.read_bytes()).splitlines()
-    except (OSError, ValueError) as error:
+        lines = decode_text(read_bytes(path, _LIMIT)).splitlines()
+    except (FileError, ValueError) as error:
         raise PromptSetError(
             name, f"is neither a set of this project ({', '.join(known_sets())}) nor a text file "
             f"that can be read ({error})."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .options import ENGINES, FACE_CHOICES, KINDS, Places, PrepareOptions, RunOptions
+from .parts import files_not_used, photos_left_out
 
 _HELP = {
     "kind": "how the input is laid out: a folder per person, an unlabelled heap, .tar shards",
@@ -53,12 +54,14 @@ def main(argv: Sequence[str]) -> int:
 
     summary = prepare(places, PrepareOptions(**_values(PrepareOptions, values)), run)
     counts = summary.info.counts
-    left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "kept")
     print(
         f"{counts['kept']} photos of {summary.identities} people ({summary.held_out} held out) in "
         f"{summary.shards} shards, {summary.bytes / 2**20:.1f} MB, {summary.seconds:.1f} s"
     )
-    print(f"left out: {left_out or 'nothing'}")
+    print(f"photos left out: {_listed(photos_left_out(counts)) or 'none'}")
+    others = _listed(files_not_used(counts))
+    if others:
+        print(f"other files, not used: {others}")
     if summary.more_faces:
         print(
             f"{summary.more_faces} of these photos show more than one face; one face of each was "
@@ -99,11 +102,20 @@ def _parser() -> argparse.ArgumentParser:
                 choices=_CHOICES.get(field.name),
                 help=_HELP[field.name],
             )
-    parser.add_argument("--no-report", dest="report", action="store_false", help="no report.html")
-    parser.add_argument(
-        "--no-progress", dest="progress", action="store_false", help="no progress bars"
-    )
+    parser.set_defaults(report=True, progress=True)
+    for name, what in (("report", "report.html"), ("progress", "progress bars")):
+        parser.add_argument(
+            f"--no-{name}",
+            dest=name,
+            action="store_false",
+            default=argparse.SUPPRESS,  # so that the help does not say "default: True"
+            help=f"no {what}",
+        )
     return parser
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
 def _values(options: type[Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from .manifest import fingerprint_of
 from .parts import Blob, Part, Source
 from .sidecars import KINDS, Named, in_folders
 
-_ARCHIVES = {".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4"}
-_NO_PHOTOS = {*KINDS, *_ARCHIVES, ".npy", ".npz", ".cls", ".parquet", ".csv", ".md", ".html"}
+ARCHIVES = {".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4"}
+_NO_PHOTOS = {*KINDS, *ARCHIVES, ".npy", ".npz", ".cls", ".parquet", ".csv", ".md", ".html"}
 
 
 def photos_below(
@@ -23,9 +23,10 @@ def photos_below(
 ) -> tuple[list[Source], list[Problem], dict[str, Status]]:
     """All photos below ``root`` in the order of their names."""
     tree = walk(root)
-    photos = links_of(tree, [p for p in tree.links if is_photo(root / p)])
+    # What cannot be looked into is taken, so that reading it tells why.
+    photos = links_of(tree, [p for p in tree.links if is_photo(root / p, True)])
     stats = {**tree.files, **{p: tree.links[p][0] for p in photos}}
-    photos = sorted([*photos, *(p for p in tree.files if is_photo(root / p))])
+    photos = sorted([*photos, *(p for p in tree.files if is_photo(root / p, True))])
     chosen = set(photos)
     others = sorted(p for p in tree.files if p not in chosen)
     sides = in_folders(
@@ -77,7 +78,7 @@ def _other(path: str) -> str:
     suffix = Named.of(path).suffix
     if suffix in KINDS:
         return "no photo of this name is beside it"
-    if suffix in _ARCHIVES:
+    if suffix in ARCHIVES:
         return "an archive; unpack it first"
     return "no picture of a format that is read"
 
@@ -110,8 +111,9 @@ def values(problems: Sequence[Problem]) -> list[list[str]]:
     return [[p.name, p.reason, p.detail] for p in problems]
 
 
-def is_photo(path: Path) -> bool:
-    """By its name; where that says nothing, by its first bytes."""
+def is_photo(path: Path, unreadable: bool = False) -> bool:
+    """By its name; where that says nothing, by its first bytes; ``unreadable`` where these cannot
+    be had."""
     known = photo_by_name(path.suffix.lower())
     if known is not None:
         return known
@@ -119,7 +121,7 @@ def is_photo(path: Path) -> bool:
         with reading(path), open_regular(path) as file:
             return has_mark(file.read(HEAD))
     except FileError:
-        return False
+        return unreadable
 
 
 def photo_by_name(suffix: str) -> bool | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 _SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
 
+MAX_NAME = 2**12  # letters: what a file system takes
+
 Status = tuple[int, int]
 """Bytes and time of change in ns."""
 
@@ -30,7 +32,8 @@ class Problem:
 
     @classmethod
     def of(cls, name: str, reason: str, detail: str) -> Problem:
-        """Of a name and a detail that may hold anything."""
+        """Of a name and a detail that may hold anything, of any length."""
+        name, detail = (text[:MAX_NAME] for text in (name, detail))
         return cls(name=printable(name), reason=reason, detail=printable(detail))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .folders import Problem
@@ -10,6 +11,16 @@ from .options import Kind
 NOT_PHOTOS = frozenset({"hidden", "link", "other_file", "scattered", "bad_sidecar", "no_photos",
                         "not_a_shard", "shard_cut"})  # fmt: skip
 """Reasons of what is no photo, but came with them."""
+
+
+def photos_left_out(counts: Mapping[str, int]) -> dict[str, int]:
+    """Photos that are not used, by reason; ``counts`` as a dataset has them."""
+    return {r: n for r, n in counts.items() if r != "kept" and r not in NOT_PHOTOS}
+
+
+def files_not_used(counts: Mapping[str, int]) -> dict[str, int]:
+    """What is no photo and is not used, by reason."""
+    return {reason: n for reason, n in counts.items() if reason in NOT_PHOTOS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,9 @@ from .photo import PhotoError
 
 _SIDECAR_LIMIT = 2**20  # bytes of a caption or a JSON record
 _DETAIL = 300  # characters of what a decoder says
+_LETTERS = 2**14  # of one text; what is longer is no caption, no licence and no name
+_LICENCE = ("licence", "license")
+_READ = ("caption", "url", "source", *_LICENCE)
 
 
 def read_blob(root: Path, blob: Blob, max_bytes: int) -> bytes:
@@ -48,8 +51,12 @@ class Sidecars:
     problems: tuple[Problem, ...]
 
 
-def read_sidecars(root: Path, source: Source) -> Sidecars:
-    """The JSON record and the caption of a photo. What cannot be read is empty, and a problem."""
+def read_sidecars(root: Path, source: Source, identity_field: str = "") -> Sidecars:
+    """The JSON record and the caption of a photo. What cannot be read is empty, and a problem, as
+    is a text of more than 16,384 letters.
+
+    ``identity_field``: the record's entry that names the person, if one does.
+    """
     record: dict[str, Any] = {}
     caption = ""
     problems = []
@@ -62,17 +69,33 @@ def read_sidecars(root: Path, source: Source) -> Sidecars:
         except (PhotoError, ValueError, RecursionError, MemoryError) as error:
             problems.append(_bad_sidecar(source, ".json", error))
     record_is_bad = bool(problems)
+    for name in {name: None for name in (*_READ, identity_field)}:
+        if _is_too_long(record.get(name)):
+            told = ValueError(f"{name!r} {_TOO_LONG}")
+            problems.append(_bad_sidecar(source, ".json", told))
+            record_is_bad = record_is_bad or name in _LICENCE
+            del record[name]
     if source.caption:
         try:
-            caption = _text_at(root, source.caption)
+            caption = _text_at(root, source.caption).strip()
+            if _is_too_long(caption):
+                caption = ""
+                raise ValueError(_TOO_LONG)
         except (PhotoError, ValueError) as error:
             problems.append(_bad_sidecar(source, ".txt", error))
     return Sidecars(
         record=record,
-        caption=printable(caption.strip()) or text_of(record, "caption"),
+        caption=printable(caption) or text_of(record, "caption"),
         record_is_bad=record_is_bad,
         problems=tuple(problems),
     )
+
+
+_TOO_LONG = f"has more than {_LETTERS} letters; it is not used."
+
+
+def _is_too_long(value: object) -> bool:
+    return isinstance(value, str) and len(value) > _LETTERS
 
 
 def _text_at(root: Path, blob: Blob) -> str:

@@ -74,8 +74,9 @@ def prepare(places: Places, options: PrepareOptions, run: RunOptions | None = No
     """
     run = run or RunOptions()
     _check_places(places)
+    listing = list_input(places.source, options)  # before a folder is made for nothing
     with locked(places.output, "prepare", wait=0), open_engine(run) as engine:
-        return _Run(places, options, run, engine).all()
+        return _Run(places, options, run, engine).all(listing)
 
 
 class _Run:
@@ -94,11 +95,10 @@ class _Run:
         self.recogniser = ""
         self.root = places.source if places.source.is_dir() else places.source.parent
 
-    def all(self) -> Summary:
+    def all(self, listing: Listing) -> Summary:
         """Every stage in order."""
         started = time.monotonic()
         remove_leftovers(self.places.output)
-        listing = list_input(self.places.source, self.options)
         detected, faces = self._detect(listing)
         embedded = self._embed(detected, faces)
         grouped, target = self._group(listing, detected, embedded)

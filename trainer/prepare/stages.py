@@ -139,7 +139,7 @@ def detect_part(arguments: DetectArguments, outputs: tuple[Path, ...]) -> dict[s
         problems += found
     rows: list[dict[str, Any]] = []
     for number, source in enumerate(sources):
-        beside = read_sidecars(arguments.root, source)
+        beside = read_sidecars(arguments.root, source, arguments.options.identity_field)
         problems += beside.problems
         rows += [{"photo": number, **row} for row in _photo_rows(arguments, source, beside)]
     for extra, problem in enumerate(problems, start=len(sources)):

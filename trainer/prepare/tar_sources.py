@@ -14,7 +14,7 @@ from infinite_id_core.files.system import open_regular, reading
 from ..errors import InputKindError
 from ..tars import Member, TarError, read_members
 from .folder_sources import has_mark, links_of, photo_by_name, values
-from .folders import Problem, Status, is_hidden, printable, walk
+from .folders import MAX_NAME, Problem, Status, is_hidden, printable, walk
 from .manifest import fingerprint_of
 from .parts import Blob, Part, Source
 from .sidecars import KINDS, Named, in_tar
@@ -134,6 +134,8 @@ def _unused(member: Member) -> tuple[str, str] | None:
         return None
     if any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
         return "hidden", "hidden, or made by the system"
+    if len(member.name) > MAX_NAME:
+        return "unreadable", f"a name of {len(member.name)} letters; at most {MAX_NAME} are taken"
     if member.kind == "link":
         return "link", "a link inside a tar; not followed"
     if member.kind == "sparse":

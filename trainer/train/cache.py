@@ -11,21 +11,28 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infinite_id_core.errors import FileError, NotFiniteError
+from infinite_id_core.errors import (
+    FileError,
+    MissingTensorError,
+    NotFiniteError,
+    WrongShapeError,
+)
 from infinite_id_core.files.atomic import replacing
-from infinite_id_core.files.safetensors_file import read_header
+from infinite_id_core.files.safetensors_file import SafetensorsFile, read_header
+from infinite_id_core.files.system import open_regular
 
 from ..errors import disk_errors
 from ..files import locked
 
 PACK = 128  # entries per file
+_ANEW = "Delete the file and run the same command again: what it held is computed anew."
 _WAIT = 600.0  # seconds for the others to write their packs
 _OPEN = 16  # files kept open per process
 
@@ -54,7 +61,7 @@ class FeatureCache:
         self.folder = Path(folder)
         self._packs: dict[str, Path] = {}
         self._seen: set[Path] = set()
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: OrderedDict[Path, tuple[SafetensorsFile, BufferedReader]] = OrderedDict()
         self.refresh()
 
     def refresh(self) -> None:
@@ -108,22 +115,46 @@ class FeatureCache:
             save_file(tensors, temporary)
         self._take(path, tensors)
 
-    def read(self, key: str) -> Tensor:
-        """One tensor. Raises ``NotFiniteError`` for one that is no number: of an older release."""
+    def read(self, key: str, shape: tuple[int | None, ...] | None = None) -> Tensor:
+        """One tensor. ``shape``: what it must have; None in it, or for it, is any.
+
+        Raises ``NotFiniteError`` for one that is no number, ``WrongShapeError`` (of an older
+        release, or of somebody else), and subclasses of ``FileError`` for a file that was cut or
+        is gone. It is read, not mapped into memory: a file cut meanwhile would end the process.
+        """
         path = self._packs[key]
-        file = self._open.pop(path, None)
-        if file is None:
-            if len(self._open) >= _OPEN:
-                self._open.popitem(last=False)
-            file = safe_open(path, framework="pt")
-        self._open[path] = file
-        tensor: Tensor = file.get_tensor(key)
+        file = self._opened(path)
+        entry = file.header.tensors.get(key)
+        if entry is None:  # another file stands in its place
+            raise MissingTensorError(path, f"does not hold the entry {key} any more. {_ANEW}")
+        if shape is not None and not _fits(entry.shape, shape):
+            wanted = ["any" if size is None else size for size in shape]
+            raise WrongShapeError(
+                path, f"entry {key} has the shape {list(entry.shape)}; expected {wanted}. {_ANEW}"
+            )
+        tensor = file.tensor(key, finite=False)
         if not finite(tensor):
             raise NotFiniteError(
-                path, f"this cache file holds NaN or infinity (entry {key}). Delete it and run the "
-                "same command again: what it held is computed anew."
-            )  # fmt: skip
+                path, f"this cache file holds NaN or infinity (entry {key}). {_ANEW}"
+            )
         return tensor
+
+    def _opened(self, path: Path) -> SafetensorsFile:
+        known = self._open.pop(path, None)
+        if known is None:
+            if len(self._open) >= _OPEN:
+                _, (_, handle) = self._open.popitem(last=False)
+                handle.close()
+            handle = open_regular(path)
+            known = (SafetensorsFile(path, handle), handle)
+        self._open[path] = known
+        return known[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        size in (None, own) for size, own in zip(wanted, found, strict=True)
+    )

@@ -21,6 +21,7 @@ from infinite_id_core.method.records import AdapterConfig
 from ..config import Device, FileDtype, Precision, TrainConfig
 from ..data_index import Dataset
 from ..errors import ConfigValueError
+from ..files import check_writable
 from ..likeness import InsightFaceRecogniser, Recogniser
 from ..models.text import check_text_encoders
 from ..models.unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
@@ -84,6 +85,8 @@ def check_run(
     if config.model.unet_dtype == "fp8":
         check_fp8(device)
     _check_packages(config)
+    for folder in (Path(config.run.output), config.data.cache_folder):
+        check_writable(folder)
     plan = check_data(config, global_batch)
     unet = build_meta(config)
     check_models(config)
@@ -100,6 +103,7 @@ def check_run(
     if start is not None:
         record = record.following(state.read_record(start), start, changed)
         plan.redraws = len(record.changes)
+        state.read_state(start)
     recorded = adapter_config(config, plan.dataset, int(unet.config.cross_attention_dim))
     if config.adapter.start_from:
         widths = {layer.path: layer.width for layer in unet_layers(unet)}

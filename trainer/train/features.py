@@ -186,11 +186,13 @@ def compute_missing(
     """
     rank, world = part
     jobs = photo_jobs(plan, keys, caches, range(len(plan.dataset)))[rank::world]
-    made = _compute_photos(plan, keys, caches, jobs, device, progress)
+    label = "latents and identity features"
+    made = _compute_photos(plan, keys, caches, jobs, device, progress, label)
     shown = validation or held_out
     if shown is not None:
         missing = held_out_jobs(held_out, validation, keys, caches)
-        made += _compute_photos(shown, keys, caches, missing[rank::world], device, progress)
+        missing, label = missing[rank::world], f"{label} of people held out"
+        made += _compute_photos(shown, keys, caches, missing, device, progress, label)
     if plan.config.objective.reads_text:
         captions = [] if validation is None else _captions(validation, sorted(validation.targets))
         made += _compute_captions(plan, captions, keys, caches, device, part, progress)
@@ -239,6 +241,7 @@ def _compute_photos(
     jobs: Sequence[PhotoJob],
     device: torch.device,
     progress: Progress,
+    label: str,
 ) -> int:
     if not jobs:
         return 0
@@ -256,7 +259,7 @@ def _compute_photos(
         worker_init_fn=leave_signals,
     )
     with batches(loader) as photos:
-        for pictures in progress("latents and identity features", photos, len(jobs)):
+        for pictures in progress(label, photos, len(jobs)):
             job: PhotoJob = pictures["job"]
             row = plan.dataset.row(job.row)
             if vae is not None and pictures["pixels"] is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ class RunLog:
                 values[name] = float(self.sums[band] / self.counts[band])
         self.scalars(step, values)
         self._clear()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is not the steps': saving, validation, previews."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - before
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write some numbers of a step."""

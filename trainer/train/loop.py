@@ -210,7 +210,8 @@ class _Trainer:
                 while step < steps and not stopped:
                     stopped = self._step(step, read, log)
                     step += 1
-                    self._after(step, stopped, log)
+                    with log.aside():
+                        self._after(step, stopped, log)
         finally:
             log.close()
         if step < steps:

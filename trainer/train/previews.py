@@ -18,7 +18,7 @@ from infinite_id_core.hosts.diffusers_sample import (
     sample,
 )
 from infinite_id_core.method.adapter import Adapter
-from infinite_id_core.method.face_clip import IdentityConfig, face_clip_identity
+from infinite_id_core.method.face_clip import CLIP_TOKENS, IdentityConfig, face_clip_identity
 from infinite_id_core.method.identity import Identity
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 
@@ -127,7 +127,7 @@ class Previewer:
     def _identity(self, name: str, row_number: int, raw: Tensor) -> Identity:
         encoder, row = self.config.encoder, self.plan.dataset.row(row_number)
         face = normalize(raw, dim=0) if encoder.embedding == "normed" else raw
-        clip = self.caches.clip.read(self.keys.clip(row))
+        clip = self.caches.clip.read(self.keys.clip(row), (CLIP_TOKENS, None))
         return face_clip_identity(
             face=face[None].to(self.device),
             clip=clip[None].to(self.device),

@@ -23,6 +23,7 @@ def photos_in_bars(config: TrainConfig) -> str:
 def write_report(config: TrainConfig) -> None:
     """Write them to the output folder. Raises ``DiskFullError``, and as ``Dataset``."""
     path = Path(config.run.output) / FILE
-    text = f"{config.data.folder}\n\n{photos_in_bars(config)}\n"
+    # A report is shown to others: the folder's name, not where it lies on this machine.
+    text = f"{Path(config.data.folder).name}\n\n{photos_in_bars(config)}\n"
     with disk_errors(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from infinite_id_core.errors import FileError
+from infinite_id_core.method.face_clip import CLIP_TOKENS
 from infinite_id_core.sdxl.schedule import TIMESTEPS
 
 from ..config import TrainConfig
 from ..data_index import Dataset, Row
 from ..errors import NoPairsError
+from ..models.text import TOKENS
 from .cache import FeatureCache, key_of
 from .crops import Bucket, Crop, buckets, draw_crop, nearest_bucket
 from .draws import Purpose, generator
@@ -264,10 +266,14 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         face = torch.from_numpy(self.plan.dataset.face(choice.reference))
         if config.encoder.embedding == "normed":
             face = normalize(face, dim=0)
-        clip = self.caches.clip.read(self.keys.clip(reference))
+        clip = self.caches.clip.read(self.keys.clip(reference), (CLIP_TOKENS, None))
+        height, width = (side // LATENT_STRIDE for side in crop.bucket)
+        latent = self.caches.latents.read(
+            self.keys.latent(target, crop), (LATENT_CHANNELS, height, width)
+        )
         sample = {
             "number": torch.tensor(number),
-            "latent": self.caches.latents.read(self.keys.latent(target, crop)).float(),
+            "latent": latent.float(),
             "noise": self.plan.noise(number),
             "timestep": torch.tensor(choice.timestep),
             "size_ids": torch.tensor(crop.size_ids, dtype=torch.float32),
@@ -279,10 +285,10 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
             sample["face_bell"] = _bell(target, crop)
         if config.objective.mode == "entangled":
             key = self.keys.text("" if choice.drop_text else target.caption)
-            sample["context"] = self.caches.text.read(key)
-            sample["pooled"] = self.caches.text.read(f"{key}.pooled")
+            sample["context"] = self.caches.text.read(key, (TOKENS, None))
+            sample["pooled"] = self.caches.text.read(f"{key}.pooled", (None,))
         elif config.objective.pooled == "empty":
-            sample["pooled"] = self.caches.text.read(f"{self.keys.text('')}.pooled")
+            sample["pooled"] = self.caches.text.read(f"{self.keys.text('')}.pooled", (None,))
         return sample
 
 

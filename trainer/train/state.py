@@ -18,9 +18,11 @@ from torch import Tensor
 from infinite_id_core.errors import FileError
 from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.infinite_id_format import write_adapter
+from infinite_id_core.files.system import open_regular, reading
 
 from ..config import TrainConfig
 from ..errors import ResumeError, disk_errors
+from ..files import read_json
 
 STATE, CONFIG, ADAPTER, AVERAGE = "state.pt", "run.json", "adapter.safetensors", "ema.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
@@ -163,24 +165,63 @@ class Snapshot:
         ``changed``: of a run with other settings, which hold on.
         """
         settings = [{k: g[k] for k in _SETTINGS if k in g} for g in self.optimiser.param_groups]
+        values = read_state(folder)
         try:
-            values = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.adapter.load_state_dict(read_adapter(folder / ADAPTER).state_dict())
             if self.average is not None:
                 begins = changed and not (folder / AVERAGE).exists()
                 name = ADAPTER if begins else AVERAGE
                 self.average.load_state_dict(read_adapter(folder / name).state_dict())
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, FileError) as error:
-            raise ResumeError(
-                f"{folder}: the checkpoint is damaged ({error}). Delete the folder to go on from "
-                "the one before."
-            ) from error
-        self.optimiser.load_state_dict(values["optimiser"])
+            self.optimiser.load_state_dict(values["optimiser"])
+            _check_state(self.optimiser)
+        except (RuntimeError, ValueError, KeyError, TypeError, FileError) as error:
+            raise _damaged(folder, error) from error
         if changed:
             for group, entries in zip(self.optimiser.param_groups, settings, strict=True):
                 group.update(entries)
         if self.scaler is not None and values["scaler"] is not None:
             self.scaler.load_state_dict(values["scaler"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``optimiser`` and ``scaler``, their tensors still on the disk.
+
+    Raises ``ResumeError``.
+    """
+    path = folder / STATE
+    try:
+        with reading(path), open_regular(path):
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(values, dict) or not values.keys() >= {"optimiser", "scaler"}:
+            raise ValueError(f"{STATE} holds no state of an optimiser")
+        groups, state = (values["optimiser"][name] for name in ("param_groups", "state"))
+        sound = isinstance(groups, list) and isinstance(state, dict)
+        if not sound or not all(isinstance(group, dict) for group in groups):
+            raise ValueError(f"{STATE} holds no state of an optimiser")
+    except (
+        FileError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, TypeError,
+    ) as error:  # fmt: skip
+        raise _damaged(folder, error) from error
+    return values
+
+
+def _check_state(optimiser: Any) -> None:
+    """What is as large as its parameter for every optimiser that keeps it. Raises
+    ``ValueError``."""
+    for parameter, state in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            value = state.get(name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                found, wanted = list(value.shape), list(parameter.shape)
+                raise ValueError(f"{STATE}: {name} has the shape {found}; expected {wanted}")
+
+
+def _damaged(folder: Path, error: Exception) -> ResumeError:
+    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ResumeError(
+        f"{folder}: the checkpoint is damaged ({told}). Delete the folder to go on from the one "
+        "before."
+    )
 
 
 def save(folder: Path, record: RunRecord, snapshot: Snapshot) -> Path:
@@ -262,13 +303,41 @@ def last_checkpoint(folder: Path) -> str:
 def read_record(path: Path) -> RunRecord:
     """What a checkpoint is of. Raises ``ResumeError``."""
     try:
-        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        return RunRecord(**{**values, "changes": tuple(values.get("changes", ()))})
-    except (OSError, ValueError, TypeError) as error:
+        values = read_json(path / CONFIG)
+        if not isinstance(values, dict):
+            raise TypeError(f"{CONFIG} is no object")
+        record = RunRecord(**{**values, "changes": tuple(values.get("changes", ()))})
+        _check_record(record)
+        return record
+    except (FileError, ValueError, TypeError) as error:
         raise ResumeError(
             f"{path}: is no checkpoint of this trainer ({error}). Expected a folder step-... with "
             f"{CONFIG}, {STATE} and {ADAPTER}."
         ) from error
+
+
+def _check_record(record: RunRecord) -> None:
+    """Raise ``TypeError`` for what this trainer never writes."""
+    step, world = record.step, record.world
+    sections = record.config.values() if isinstance(record.config, dict) else [None]
+    kept = record.fingerprints
+    sound = {
+        "config": all(isinstance(section, dict) for section in sections),
+        "fingerprints": isinstance(kept, dict) and all(isinstance(v, str) for v in kept.values()),
+        "world": world is None or (type(world) is int and world > 0),
+        "step": type(step) is int and step >= 0,
+        "changes": all(
+            isinstance(change, dict)
+            and isinstance(change.get("changed"), list)
+            and all(isinstance(text, str) for text in change["changed"])
+            for change in record.changes
+        ),
+        "validated": record.validated is None or isinstance(record.validated, dict),
+    }
+    wrong = [name for name, good in sound.items() if not good]
+    if wrong:
+        found = repr(getattr(record, wrong[0]))[:100]
+        raise TypeError(f"{wrong[0]} of {CONFIG} is damaged: {found}")
 
 
 def find_checkpoint(config: TrainConfig, resume: str) -> Path | None:

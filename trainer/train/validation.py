@@ -157,7 +157,9 @@ class Validator:
             latent = keys.latent(target, plan.crop(choice.target, choice.crop))
             samples.append((latent, keys.clip(reference), choice.timestep))
         objective, schedule = config.objective, self.loaded.schedule
+        stored = config.model.unet_dtype
         return key_of(
+            *([] if stored == "precision" else [stored]),  # as it was before there was a choice
             samples, config.validation.seed, config.encoder.embedding, objective.mode,
             objective.pooled, schedule.prediction, schedule.zero_terminal_snr,
         )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 
 from infinite_id_core.errors import FileError
 
+from ..errors import WorkerDiedError
+
 _PATIENCE = 3.0  # seconds for a worker to end what it is reading
 _ERROR = "error"
 
@@ -22,12 +24,17 @@ def batches(loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
 
     Workers ignore SIGTERM, and the interpreter waits for its children: one that was left over
     would keep a failed run alive for ever. A ``FileError`` that a worker met is raised here.
+    Raises ``WorkerDiedError`` where the system ended one.
     """
     before = set(multiprocessing.active_children())
     iterator: Any = iter(())
     try:
         iterator = iter(loader)
         yield _sound(iterator)
+    except RuntimeError as error:  # torch raises it wherever this thread is just then
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _died(error) from error
     finally:
         _end(iterator, before)
 
@@ -56,6 +63,24 @@ def _sound(iterator: Iterator[Any]) -> Iterator[Any]:
         if is_refused(batch):
             raise batch[_ERROR]
         yield batch
+
+
+def _died(error: RuntimeError) -> WorkerDiedError:
+    told = str(error).splitlines()[0]
+    if "Bus error" in told or "shared memory" in told:
+        advice = (
+            "The shared memory (/dev/shm) is too small: give it more (docker run --shm-size 8g), "
+            "or set fewer data.workers, or 0"
+        )
+    else:
+        advice = (
+            "The system ends processes where the memory is full: close other programs, or set "
+            "fewer data.workers, or a smaller optimiser.batch"
+        )
+    return WorkerDiedError(
+        f"A process that reads samples is gone ({told}). {advice}. The same command goes on from "
+        "the last checkpoint."
+    )
 
 
 def _end(iterator: Any, before: set[Any]) -> None:
