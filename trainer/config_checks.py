@@ -21,7 +21,7 @@ def below(lower: str, low: int, upper: str, high: int) -> None:
     """Two keys of which one must be smaller."""
     if low >= high:
         raise ConfigValueError(
-            f"{lower} {low} is not below {upper} {high}: set a smaller {lower}, or a larger {upper}."
+            f"{lower} {low} is not below {upper} {high}. Lower the one, or raise the other."
         )
 
 

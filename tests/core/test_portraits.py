@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from microworld import captions
+from microworld.__main__ import main
 from microworld.captions import attributes_of
 from microworld.people import write_people
 from microworld.portraits import (
@@ -95,6 +96,12 @@ def test_training_and_held_out_people_and_combinations_are_apart():
     rng = np.random.default_rng(0)
     assert not any(Attributes.sample(rng).is_held_out for _ in range(200))
     assert all(Attributes.sample(rng, held_out=True).is_held_out for _ in range(50))
+
+
+def test_drawing_people_is_shown(tmp_path, capfd):
+    main(["people", str(tmp_path / "a"), "--people", "2", "--photos", "1", "--size", "32"])
+    said = capfd.readouterr()
+    assert said.out == f"{tmp_path / 'a'}\n" and "2/2" in said.err
 
 
 def test_people_can_be_drawn_in_one_style_only(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -138,6 +139,26 @@ def test_memory_that_is_full_before_the_first_step_has_the_same_name(
     with pytest.raises(InfiniteIDError, match="loading the models.*CUDA out of memory") as caught:
         loop.train(config)
     assert LESS_MEMORY in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(errno.ENOSPC, "DiskFullError"), (errno.EACCES, "NotWrittenError")]
+)
+def test_generate_names_the_picture_that_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    from infinite_id_core.errors import NotWrittenError
+    from trainer.generate import save_png
+
+    def refuse(_picture: object, path: Path, _format: str) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("PIL.Image.Image.save", refuse)
+    with pytest.raises(NotWrittenError) as caught:
+        save_png(torch.zeros(3, 8, 8), tmp_path / "picture.png")
+    assert type(caught.value).__name__ == name
+    assert "picture.png" in str(caught.value) and ".part" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_names_a_full_memory(

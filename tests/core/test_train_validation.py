@@ -18,7 +18,7 @@ from infinite_id_core.files.adapters import read_adapter
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.errors import FilterError, ResumeError, TooFewPeopleError
-from trainer.train import checks, filling, loop, state
+from trainer.train import checks, filling, log, loop, state
 from trainer.train.bands import band_name, band_range
 from trainer.train.checks import check_validation
 from trainer.train.estimate import dry_run
@@ -426,6 +426,27 @@ def test_weights_stored_otherwise_start_the_best_anew(
     last = state.checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert state.read_record(last).validated["best"] == 4
     assert "starts anew" in caplog.text
+
+
+def test_pictures_a_second_are_the_steps_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    (tmp_path / "run").mkdir()
+    kept = log.RunLog(make(log={"every": 2}), 0, main=True)
+    for step in (1, 2):
+        now[0] += 1.0
+        kept.step(step, torch.ones(4), torch.zeros(4), 1.0, 1e-4)
+        with kept.aside():
+            now[0] += 100.0
+    for step in (3, 4):
+        now[0] += 1.0
+        kept.step(step, torch.ones(4), torch.zeros(4), 1.0, 1e-4)
+    kept.close()
+    lines = (tmp_path / "run" / "scalars.csv").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if "images_per_second" in line]
+    assert found == ["2,images_per_second,4.0", "4,images_per_second,4.0"]
 
 
 # --- the file of numbers ---------------------------------------------------------------------
