@@ -72,4 +72,4 @@ def choose_preset(text: str, name: str) -> StylePreset:
     return presets[name]
 
 
-STYLES: tuple[str, ...] = tuple(parse_presets(TWELVE))
+STYLE_NAMES: tuple[str, ...] = tuple(parse_presets(TWELVE))

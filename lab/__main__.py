@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("--pictures", type=int, default=96)
     ablate = commands.add_parser("ablate", help="make and score the ablations' pictures")
     ablate.add_argument("--rows", choices=("core", "open", "sweeps", "all"), default="all")
-    ablate.add_argument("--identity", help="adapter file; default: the embedded one")
+    ablate.add_argument("--adapter", help="adapter file; default: the embedded one")
     ablate.add_argument("--entangled", help="adapter file of the entangled training")
     ablate.add_argument("--part", default="0/1", help="this process's share, e.g. 0/2")
     ablate.add_argument("--threads", type=int, default=2)
@@ -103,7 +103,7 @@ def _ablate(options: argparse.Namespace) -> None:
         evidence.write(folder, scores)
         print(scores.with_suffix(".md").read_text(encoding="utf-8"))
         return
-    adapters = {"identity": options.identity or str(files.ADAPTER)}
+    adapters = {"identity": options.adapter or str(files.ADAPTER)}
     if options.entangled:
         adapters["entangled"] = options.entangled
     ablations.make(folder, chosen, adapters, options.part)

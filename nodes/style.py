@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..infinite_id_core.presets import STYLES, TWELVE, choose_preset
+from ..infinite_id_core.presets import STYLE_NAMES, TWELVE, choose_preset
 from .inputs import checked
 
 
@@ -29,7 +29,7 @@ class InfiniteIDStylePreset(io.ComfyNode):
                     default="",
                     tooltip="What to avoid in every style; the style adds its own.",
                 ),
-                io.Combo.Input("style", options=list(STYLES), tooltip="Which style to use."),
+                io.Combo.Input("style", options=list(STYLE_NAMES), tooltip="Which style to use."),
                 io.String.Input(
                     "presets",
                     multiline=True,

@@ -27,11 +27,11 @@ def main() -> int:
 
     torch.set_num_threads(1)
     from trainer.__main__ import main as trainer
-    from trainer.train.objective import Objective
+    from trainer.train.objective import DenoisingLoss
 
-    losses, calls = Objective.losses, [0]
+    losses, calls = DenoisingLoss.losses, [0]
 
-    def losses_or_fault(self: Objective, *inputs: Any) -> Any:
+    def losses_or_fault(self: DenoisingLoss, *inputs: Any) -> Any:
         calls[0] += 1
         if calls[0] == FAULTY_STEP and int(os.environ.get("RANK", "0")) == int(rank):
             Path(mark).write_text(str(time.time()), encoding="utf-8")
@@ -44,7 +44,7 @@ def main() -> int:
             raise ZeroDivisionError("a fault of the test")
         return losses(self, *inputs)
 
-    Objective.losses = losses_or_fault  # type: ignore[method-assign]
+    DenoisingLoss.losses = losses_or_fault  # type: ignore[method-assign]
     return trainer(arguments)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from infinite_id_core.errors import OptionError
-from infinite_id_core.presets import STYLES, TWELVE, choose_preset, parse_presets
+from infinite_id_core.presets import STYLE_NAMES, TWELVE, choose_preset, parse_presets
 
 
 def test_twelve_styles_each_with_both_texts() -> None:
     presets = parse_presets(TWELVE)
-    assert len(presets) == 12 and tuple(presets) == STYLES
+    assert len(presets) == 12 and tuple(presets) == STYLE_NAMES
     assert all(p.negative for p in presets.values())
 
 

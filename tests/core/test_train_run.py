@@ -40,7 +40,7 @@ from trainer.models.vae import Autoencoder, _microworld_state
 from trainer.train import filling, loop, state
 from trainer.train.checks import adapter_config
 from trainer.train.estimate import dry_run
-from trainer.train.objective import Objective, TrainingModel, face_bell
+from trainer.train.objective import DenoisingLoss, TrainingModel, face_bell
 from trainer.train.samples import Caches, Keys, Plan, Samples
 
 from . import train_world
@@ -525,15 +525,15 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_sample(
     monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:
     config = settings(run={"steps": 9}, checkpoints={"every": 1})
-    losses = Objective.losses
+    losses = DenoisingLoss.losses
 
-    def spoilt(self: Objective, output: Any, batch: Any) -> Any:
+    def spoilt(self: DenoisingLoss, output: Any, batch: Any) -> Any:
         return tuple(
             torch.where(batch["number"] == 5, loss + float("nan"), loss)
             for loss in losses(self, output, batch)
         )
 
-    monkeypatch.setattr(Objective, "losses", spoilt)
+    monkeypatch.setattr(DenoisingLoss, "losses", spoilt)
     with pytest.raises(NonFiniteError) as caught:
         loop.train(config)
     dataset = Dataset(config.data.folder, config.filters)
@@ -633,7 +633,7 @@ def batch_at(*timesteps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_right_answer_has_no_loss(prediction: Any) -> None:
     schedule = NoiseSchedule(prediction=prediction)
-    objective, batch = Objective(schedule, 0.0, torch.device("cpu")), batch_at(1, 500, 999)
+    objective, batch = DenoisingLoss(schedule, 0.0, torch.device("cpu")), batch_at(1, 500, 999)
     noisy = objective.noisy(batch)
     alpha = schedule.alphas_cumprod[batch["timestep"]].float().view(-1, 1, 1, 1)
     # The clean latent that the sampler would read off the right answer is the true one.
@@ -655,7 +655,7 @@ def test_min_snr_weights() -> None:
     batch = batch_at(*timesteps)
     output = torch.zeros_like(batch["noise"])
     for prediction, over in (("epsilon", snr), ("v", snr + 1)):
-        objective = Objective(NoiseSchedule(prediction=prediction), 5.0, torch.device("cpu"))
+        objective = DenoisingLoss(NoiseSchedule(prediction=prediction), 5.0, torch.device("cpu"))
         weighted, plain = objective.losses(output, batch)
         torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / over)
 
@@ -672,14 +672,14 @@ def test_face_weight() -> None:
         output = batch["noise"].clone()
         output[0, :, place[0], place[1]] += 1.0
         for weight in (0.0, 8.0):
-            objective = Objective(NoiseSchedule(), 0.0, torch.device("cpu"), weight)
+            objective = DenoisingLoss(NoiseSchedule(), 0.0, torch.device("cpu"), weight)
             weighted, plain = objective.losses(output, batch)
             found[place, weight] = float(weighted[0])
             torch.testing.assert_close(plain, torch.tensor([1 / 64]))
     assert [found[place, 0.0] for place in ((3, 3), (7, 7))] == pytest.approx([1 / 64] * 2)
     assert found[(3, 3), 8.0] == pytest.approx(9 * found[(7, 7), 8.0], rel=1e-2)
     # Over all places the weights are 1 on average: the rate needs no other value.
-    objective = Objective(NoiseSchedule(), 0.0, torch.device("cpu"), 8.0)
+    objective = DenoisingLoss(NoiseSchedule(), 0.0, torch.device("cpu"), 8.0)
     weighted, _ = objective.losses(batch["noise"] + 1.0, batch)
     torch.testing.assert_close(weighted, torch.ones(1))
 

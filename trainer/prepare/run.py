@@ -76,10 +76,10 @@ def prepare(places: Places, options: PrepareOptions, run: RunOptions | None = No
     _check_places(places)
     listing = list_input(places.source, options)  # before a folder is made for nothing
     with locked(places.output, "prepare", wait=0), open_engine(run) as engine:
-        return _Run(places, options, run, engine).all(listing)
+        return _Preparation(places, options, run, engine).all(listing)
 
 
-class _Run:
+class _Preparation:
     def __init__(
         self, places: Places, options: PrepareOptions, run: RunOptions, engine: Engine
     ) -> None:

@@ -26,7 +26,7 @@ from .filling import fill
 from .fp8 import narrow
 from .log import RunLog, logger
 from .memory import LESS_MEMORY, memory_errors
-from .objective import Batch, Objective, TrainingModel
+from .objective import Batch, DenoisingLoss, TrainingModel
 from .optimisers import build_optimiser, step_size
 from .parts import follow, new_adapter, prepare_unet
 from .preview_sheet import Preview
@@ -133,7 +133,7 @@ class _Trainer:
         self.checked = checked
         self.previewer: Previewer | None = None
         self.validator: Validator | None = None
-        self.objective = Objective(
+        self.objective = DenoisingLoss(
             self.loaded.schedule,
             config.objective.min_snr,
             processes.device,

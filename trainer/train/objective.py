@@ -83,7 +83,7 @@ class TrainingModel(nn.Module):
         return cast(Tensor, output)
 
 
-class Objective:
+class DenoisingLoss:
     """Noise, targets and weights of the diffusion loss."""
 
     def __init__(

@@ -19,7 +19,7 @@ from ..models.unet import LoadedUNet
 from .bands import band_name
 from .cache import key_of
 from .log import logger
-from .objective import Objective, TrainingModel
+from .objective import DenoisingLoss, TrainingModel
 from .samples import Caches, Keys, Samples, collate
 from .validation_set import ValidationPlan
 from .workers import batches
@@ -83,7 +83,7 @@ class Validator:
         self.loaded = loaded
         self.device = device
         self.samples = Samples(plan, keys, caches)
-        self.objective = Objective(loaded.schedule, 0.0, device)
+        self.objective = DenoisingLoss(loaded.schedule, 0.0, device)
         self.standing = Standing(of=self._asked(keys), last=-1)
         if before is not None:
             known = standing_of(before)
