@@ -187,10 +187,10 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     from infinite_id_core.encoders.clip_vision import hidden_states
     from infinite_id_core.hosts.diffusers_train import identity_training
     from trainer.data_index import Dataset
+    from trainer.models.image_encoder import load_image_encoder
     from trainer.models.text import TOKENS, load_text_encoders
     from trainer.models.vae import load_vae
     from trainer.train.checks import adapter_config
-    from trainer.train.features import load_image_encoder
     from trainer.train.objective import TrainingModel
     from trainer.train.optimisers import build_optimiser
     from trainer.train.parts import new_adapter, prepare_unet
@@ -202,7 +202,7 @@ def run_plain(values: argparse.Namespace) -> dict[str, float]:
     loaded = prepare_unet(config, device)
     vae = load_vae(config.model.vae_source)
     text = load_text_encoders(config.model.text_source)
-    clip = load_image_encoder(config.encoder)
+    clip = load_image_encoder(config.encoder.clip_model, config.encoder.clip_weights)
     adapter = new_adapter(
         config, adapter_config(config, dataset, loaded.context_width), loaded.unet
     )

@@ -167,19 +167,16 @@ def photos_of(person: int, count: int, side: int = 128) -> list[Picture]:
 # --- making pictures -------------------------------------------------------------------------
 
 
-class Studio:
+class Models:
     """All models, loaded once and as real files are: insightface, open_clip, the trainer."""
 
     def __init__(self, adapters: Mapping[str, str]) -> None:
         """`adapters`: file of each name that rows ask for."""
-        from trainer.generate import load_adapter
-        from trainer.models.text import load_text_encoders
-        from trainer.models.unet import load_unet
-        from trainer.models.vae import load_vae
+        from trainer.painter import IdentityReader, Sources, load_adapter, load_painter
 
-        self.loaded = load_unet("microworld")
-        self.vae = load_vae("microworld")
-        self.text = load_text_encoders("microworld")
+        self.sources = Sources(unet="microworld")
+        self.painter = load_painter(self.sources)
+        self.reader = IdentityReader(face_models())
         self.adapters = {name: load_adapter(path) for name, path in adapters.items()}
 
     def identity(self, person: int, row: Row, adapter: Any) -> Any:
@@ -190,14 +187,9 @@ class Studio:
         return interpolate(own, self._read(person + 1, row, adapter), row.mix) if row.mix else own
 
     def _read(self, person: int, row: Row, adapter: Any) -> Any:
-        from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
-        from infinite_id_core.faces.find import find_faces
-
-        faces = []
-        for photo in photos_of(person, row.references, row.side):
-            found = find_faces(face_models(), torch.from_numpy(photo).float() / 255)
-            faces += found.chosen[:1]
-        return encode_faces(faces, image_encoder(), EncodeOptions.of_needs(adapter.needs))
+        photos = enumerate(photos_of(person, row.references, row.side))
+        read = {f"photo {n}": torch.from_numpy(photo).float() / 255 for n, photo in photos}
+        return self.reader.read(adapter, read)
 
     @torch.no_grad()
     def pictures(self, person: int, row: Row) -> NDArray[np.uint8]:
@@ -206,33 +198,27 @@ class Studio:
             AppliedIdentity,
             NegativePass,
             SamplingOptions,
-            sample,
         )
         from infinite_id_core.method.attention import StreamOptions
+        from trainer.painter import encode_texts, joined
 
         applied = []
         if row.adapter != "none":
             adapter = self.adapters[row.adapter]
-            applied.append(
-                AppliedIdentity(
-                    adapter=adapter,
-                    identity=self.identity(person, row, adapter),
-                    strength=row.strength,
-                )
-            )
+            identity = self.identity(person, row, adapter)
+            applied = [AppliedIdentity(adapter=adapter, identity=identity, strength=row.strength)]
         noise = np.random.default_rng([77, person]).standard_normal((PROMPTS, 4, 16, 16))
-        latents = sample(
-            self.loaded.unet,
-            applied,
-            self.text.encode([plain_caption(a) for a in prompts_of(person)]),
-            self.text.encode([""]),
+        texts = [plain_caption(asked) for asked in prompts_of(person)]
+        prompts = encode_texts(self.sources, [*texts, ""])
+        made = self.painter.paint(
+            joined([prompts[text] for text in texts]),
+            prompts[""],
             torch.from_numpy(noise.astype(np.float32)),
+            applied,
             options=StreamOptions(**row.streams),
             negative_pass=NegativePass(**row.negative),
             sampling=SamplingOptions(steps=STEPS, guidance=row.guidance),
-            schedule=self.loaded.schedule,
         )
-        made = self.vae.decode(latents)
         # BCHW -> BHWC
         return (made * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -248,10 +234,9 @@ def face_models() -> Any:
 @lru_cache(maxsize=1)
 def image_encoder() -> Any:
     """The embedded open_clip model."""
-    from trainer.config import Encoder
-    from trainer.train.features import load_image_encoder
+    from trainer.models.image_encoder import load_image_encoder
 
-    return load_image_encoder(Encoder(clip_model="microworld"))
+    return load_image_encoder("microworld")
 
 
 def pieces(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
@@ -285,10 +270,10 @@ def make(folder: Path, rows: Sequence[Row], adapters: Mapping[str, str], part: s
     if not todo:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    studio = Studio(adapters)
+    models = Models(adapters)
     for row, first in tqdm(todo, desc="pieces", dynamic_ncols=True):
         people = range(first, min(first + PIECE, row.people))
-        made = np.stack([studio.pictures(person, row) for person in people])
+        made = np.stack([models.pictures(person, row) for person in people])
         path = piece_path(folder, row, first)
         temporary = path.with_suffix(f".{number}.part")
         with temporary.open("wb") as file:

@@ -9,162 +9,37 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.errors import OptionError
-from infinite_id_core.faces.find import FaceOptions, find_faces
-from infinite_id_core.faces.pack import load_face_models
-from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.identities import read_identity
 from infinite_id_core.files.system import writing
-from infinite_id_core.hosts.diffusers_sample import (
-    AppliedIdentity,
-    Prompt,
-    SamplingOptions,
-    sample,
-)
-from infinite_id_core.method.adapter import Adapter
+from infinite_id_core.hosts.diffusers_sample import AppliedIdentity, SamplingOptions
 from infinite_id_core.method.attention import MIXING, STYLE, TEXT_STREAM, StreamOptions
-from infinite_id_core.method.face_clip import CLIP
-from infinite_id_core.method.identity import Identity
 from infinite_id_core.sdxl.schedule import SCHEDULER
 
-from .config import Encoder
-from .errors import ReferencePhotoError
-from .models.text import load_text_encoders
-from .models.unet import MICROWORLD, load_unet
+from .models.source import MICROWORLD
 from .models.unet_names import HEAD_WIDTH
-from .models.vae import STRIDE, load_vae
-from .prepare.photo import PhotoError, read_pixels
+from .painter import (
+    DTYPES,
+    IdentityReader,
+    Painter,
+    Picture,
+    Sources,
+    encode_texts,
+    load_adapter,
+    load_painter,
+)
+from .photos import read_reference
 from .prompts import PromptFile, read_prompts, write_prompts
-from .train.features import load_image_encoder
 from .train.memory import memory_errors
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Where everything comes from; each may be ``microworld``."""
-
-    unet: str
-    vae: str = ""
-    text_encoders: str = ""
-    adapter: str = ""
-    """Empty: plain SDXL."""
-    head_width: int = HEAD_WIDTH
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """What to draw. Raises ``OptionError``."""
-
-    width: int = 1024
-    height: int = 1024
-    seed: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if self.width % STRIDE or self.height % STRIDE or min(self.width, self.height) < 64:
-            raise OptionError(
-                f"Width and height must be multiples of {STRIDE} from 64 on, got {self.width} x "
-                f"{self.height}."
-            )
-        if not 1 <= self.count <= 64:
-            raise OptionError(f"count must lie in [1, 64], got {self.count}.")
-
-    def noise(self) -> Tensor:
-        """``[count, 4, h, w]``, as ComfyUI draws it for the same seed."""
-        size = (self.count, 4, self.height // STRIDE, self.width // STRIDE)
-        return torch.randn(size, generator=torch.manual_seed(self.seed))
-
-
-def generate(
-    sources: Sources,
-    prompt: Prompt,
-    negative: Prompt,
-    picture: Picture,
-    *,
-    identity: Identity | None = None,
-    strength: float = 1.0,
-    options: StreamOptions | None = None,
-    sampling: SamplingOptions | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    quiet: bool = False,
-) -> Tensor:
-    """Pictures ``[count, 3, H, W]`` in [0, 1]. Raises what its parts raise."""
-    loaded = load_unet(sources.unet, dtype=dtype, head_width=sources.head_width)
-    loaded.unet.to(device)
-    applied = []
-    if identity is not None:
-        adapter = load_adapter(sources.adapter).to(device)
-        applied.append(AppliedIdentity(adapter=adapter, identity=identity, strength=strength))
-    sampling = sampling or SamplingOptions()
-    with tqdm(total=sampling.steps, desc="generate", disable=quiet, dynamic_ncols=True) as bar:
-        latents = sample(
-            loaded.unet,
-            applied,
-            prompt,
-            negative,
-            picture.noise().to(device),
-            options=options,
-            sampling=sampling,
-            schedule=loaded.schedule,
-            progress=lambda step, steps, _: _advance(bar, step, steps),
-        )
-    vae = load_vae(sources.vae or sources.unet)
-    vae.module.to(device)
-    return vae.decode(latents).cpu()
-
-
-def _advance(bar: Any, step: int, steps: int) -> None:
-    bar.total = steps
-    bar.update(step - bar.n)
-
-
-def load_adapter(source: str) -> Adapter:
-    """An adapter in float32, without gradients. Raises a subclass of ``FileError``."""
-    if source != MICROWORLD:
-        return read_adapter(source).float().requires_grad_(False)
-    from microworld import files
-
-    return read_adapter(files.ADAPTER).float().requires_grad_(False)
-
-
-def read_photo(photo: Path, adapter: Adapter, face_models: str, clip_weights: str) -> Identity:
-    """The identity of the largest face of a photo, with the encoders the adapter names.
-
-    Raises ``NoFaceError``, ``ReferencePhotoError``, and what loading the encoders raises.
-    """
-    try:
-        pixels = read_pixels(photo).astype(np.float32) / 255.0
-    except PhotoError as error:
-        raise ReferencePhotoError(
-            photo, f"the photo cannot be read: {error.reason} ({error.detail})."
-        ) from error
-    folder = Path(face_models) if face_models else _embedded_faces()
-    app = load_face_models(folder.name, [folder.parent.parent])
-    found = find_faces(app, torch.from_numpy(pixels), FaceOptions())
-    options = EncodeOptions.of_needs(adapter.needs)
-    encoder = Encoder(clip_model=adapter.needs[CLIP].model, clip_weights=clip_weights)
-    return encode_faces(found.chosen, load_image_encoder(encoder), options)
-
-
-def _embedded_faces() -> Path:
-    from microworld import files
-
-    return files.FACE_MODELS
 
 
 def save_png(picture: Tensor, path: Path) -> None:
@@ -185,8 +60,7 @@ def main(argv: Sequence[str]) -> int:
     sources = Sources(
         unet=values.unet,
         vae=values.vae,
-        text_encoders=values.text_encoders or values.unet,
-        adapter=values.adapter,
+        text_encoders=values.text_encoders,
         head_width=values.head_width,
     )
     prompts = _prompts(values, sources)
@@ -194,36 +68,51 @@ def main(argv: Sequence[str]) -> int:
         write_prompts(values.save_prompts, prompts)
         print(values.save_prompts)
         return 0
-    identity = _identity(values)
+    applied = _applied(values, device)
+    dtype = DTYPES[values.precision or ("fp16" if device == "cuda" else "fp32")]
+    _paint(values, load_painter(sources, device, dtype), prompts, applied)
+    return 0
+
+
+def _paint(
+    values: argparse.Namespace,
+    painter: Painter,
+    prompts: PromptFile,
+    applied: Sequence[AppliedIdentity],
+) -> None:
     picture = Picture(
         width=values.width, height=values.height, seed=values.seed, count=values.count
     )
+    options = StreamOptions(
+        mixing=values.mixing,
+        style=values.style,
+        style_strength=values.style_strength,
+        text_stream=values.text_stream,
+    )
+    sampling = SamplingOptions(
+        steps=values.steps, guidance=values.guidance, scheduler=values.scheduler
+    )
     for number, (text, prompt) in enumerate(zip(prompts.texts, prompts.positive, strict=True)):
         print(text, file=sys.stderr)
-        made = generate(
-            sources,
-            prompt,
-            prompts.negative,
-            picture,
-            identity=identity,
-            strength=values.strength,
-            options=StreamOptions(
-                mixing=values.mixing,
-                style=values.style,
-                style_strength=values.style_strength,
-                text_stream=values.text_stream,
-            ),
-            sampling=SamplingOptions(
-                steps=values.steps, guidance=values.guidance, scheduler=values.scheduler
-            ),
-            device=device,
-            dtype=_DTYPES[values.precision or ("fp16" if device == "cuda" else "fp32")],
-        )
+        with tqdm(desc="generate", dynamic_ncols=True) as bar:
+
+            def advance(step: int, steps: int, _: Tensor, bar: Any = bar) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+
+            made = painter.paint(
+                prompt,
+                prompts.negative,
+                picture.noise(),
+                applied,
+                options=options,
+                sampling=sampling,
+                progress=advance,
+            )
         for index, one in enumerate(made):
             path = _numbered(values.output, number * picture.count + index)
             save_png(one, path)
             print(path)
-    return 0
 
 
 def _prompts(values: argparse.Namespace, sources: Sources) -> PromptFile:
@@ -231,27 +120,32 @@ def _prompts(values: argparse.Namespace, sources: Sources) -> PromptFile:
         return read_prompts(values.prompts)
     if not values.prompt:
         raise OptionError("Give --prompt, or --prompts with a file of encoded ones.")
-    encoders = load_text_encoders(sources.text_encoders)
-    positive = tuple(encoders.encode([text]) for text in values.prompt)
+    encoded = encode_texts(sources, [*values.prompt, values.negative])
     return PromptFile(
         texts=tuple(values.prompt),
         negative_text=values.negative,
-        positive=positive,
-        negative=encoders.encode([values.negative]),
+        positive=tuple(encoded[text] for text in values.prompt),
+        negative=encoded[values.negative],
     )
 
 
-def _identity(values: argparse.Namespace) -> Identity | None:
+def _applied(values: argparse.Namespace, device: str) -> list[AppliedIdentity]:
+    """The person of --identity or --photo, if there is one."""
     if values.identity and values.photo:
         raise OptionError("Give --identity or --photo, not both.")
     if not (values.identity or values.photo):
-        return None
+        return []
     if not values.adapter:
         raise OptionError("A person needs --adapter, the file that training made.")
-    if values.identity:
-        return read_identity(values.identity)
     adapter = load_adapter(values.adapter)
-    return read_photo(values.photo, adapter, values.face_models, values.clip_weights)
+    if values.identity:
+        identity = read_identity(values.identity)
+    else:
+        reader = IdentityReader(values.face_models or MICROWORLD, values.clip_weights)
+        identity = reader.read(adapter, {str(values.photo): read_reference(values.photo)})
+    return [
+        AppliedIdentity(adapter=adapter.to(device), identity=identity, strength=values.strength)
+    ]
 
 
 def _numbered(path: Path, number: int) -> Path:
@@ -289,6 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--style-strength", type=float, default=1.0)
     add("--text-stream", choices=TEXT_STREAM, default="own")
     add("--device", default="", help="default: cuda if there is one, else cpu")
-    add("--precision", choices=tuple(_DTYPES), default="", help="default: fp16 on cuda, else fp32")
+    add("--precision", choices=tuple(DTYPES), default="", help="default: fp16 on cuda, else fp32")
     add("--head-width", type=int, default=HEAD_WIDTH, help="of the UNet's attention heads")
     return parser

@@ -119,12 +119,6 @@ def identity_fidelity(
 # --- pictures without a face -----------------------------------------------------------------
 
 
-def detection_rate(found: ArrayLike) -> float:
-    """Share of pictures with a face; ``found [n]`` bool."""
-    values = np.asarray(found, dtype=bool)
-    return float(values.mean()) if values.size else math.nan
-
-
 def zero_filled(scores: ArrayLike, *, clamp_negatives: bool = False) -> Scores:
     """A picture without a face counts 0, ``[n]``; ``clamp_negatives`` also lifts negative scores
     to 0 (both as FastComposer's evaluation does)."""
@@ -199,10 +193,6 @@ class Interval:
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()
         }
-
-    def apart_from(self, other: Interval) -> bool:
-        """Whether the two intervals share no value."""
-        return self.low > other.high or self.high < other.low
 
 
 def bootstrap_mean(

@@ -17,8 +17,7 @@ from infinite_id_core.encoders import clip_text
 from infinite_id_core.encoders.clip_vision import hidden_states, preprocess
 from infinite_id_core.encoders.open_clip import load_open_clip
 from microworld.config import OPEN_CLIP
-from trainer.config import Encoder
-from trainer.train.features import check_image_encoder, load_image_encoder
+from trainer.models.image_encoder import check_image_encoder, load_image_encoder
 
 NAME = "tiny-of-two-names"
 TEXTS = ["a photo of a person", "a red hat"]
@@ -107,11 +106,11 @@ def test_both_namings_give_the_same_weights_and_states(
     file: Path, listed: str, tmp_path: Path
 ) -> None:
     """In the trainer as in the node: it is one function."""
-    first = load_image_encoder(Encoder(clip_model=listed, clip_weights=str(file)))
+    first = load_image_encoder(listed, str(file))
     other = tmp_path / "open_clip.safetensors"
     tower = {f"visual.{k}": v.contiguous() for k, v in first.model.state_dict().items()}
     save_file(tower, other)
-    second = load_image_encoder(Encoder(clip_model=listed, clip_weights=str(other)))
+    second = load_image_encoder(listed, str(other))
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
     images = torch.rand(1, 224, 224, 3, generator=torch.Generator().manual_seed(0))
@@ -120,7 +119,7 @@ def test_both_namings_give_the_same_weights_and_states(
 
 
 def test_both_namings_pass_the_trainers_check(file: Path, listed: str) -> None:
-    check_image_encoder(Encoder(clip_model=listed, clip_weights=str(file)))
+    check_image_encoder(listed, str(file))
 
 
 @pytest.mark.parametrize(
@@ -143,10 +142,9 @@ def test_what_does_not_fit_is_named_by_check_and_load(
         else:
             state[name] = torch.zeros(size, size)
     save_file(state, file)
-    encoder = Encoder(clip_model=listed, clip_weights=str(file))
     for read in (check_image_encoder, load_image_encoder):
         with pytest.raises(error, match="model.safetensors"):
-            read(encoder)
+            read(listed, str(file))
 
 
 def test_a_file_of_the_image_side_alone_has_no_texts(file: Path, listed: str) -> None:

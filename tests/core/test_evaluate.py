@@ -37,7 +37,8 @@ from trainer.evaluate.measure import measure
 from trainer.evaluate.methods import Method, parse_method
 from trainer.evaluate.prompt_sets import EvalPrompt
 from trainer.evaluate.summary import cell, markdown, summarise, write_pictures, write_summary
-from trainer.generate import Sources
+from trainer.painter import Sources
+from trainer.photos import read_reference
 
 # --- manifests -----------------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ def test_a_folder_of_references_that_may_not_be_listed_is_named(tmp_path, monkey
 
 def test_a_broken_picture_is_told_without_its_folder(tmp_path):
     with pytest.raises(ReferencePhotoError) as caught:
-        people.read_reference(tmp_path / "gone.png")
+        read_reference(tmp_path / "gone.png")
     assert caught.value.problem.count(str(tmp_path)) == 0 and "unreadable" in str(caught.value)
 
 
@@ -437,7 +438,7 @@ def test_the_microworlds_scorer_is_the_one_of_its_scoring():
 
 
 def test_unknown_backbones(tmp_path):
-    with pytest.raises(UnknownBackboneError, match="ROOT/models/PACK"):
+    with pytest.raises(errors.FaceModelError, match="ROOT/models/PACK"):
         backbones.face_reader("facenet")
     with pytest.raises(UnknownBackboneError, match="MODEL=FILE"):
         backbones.clip_model("ViT-H-14")
@@ -542,9 +543,9 @@ def test_pictures_are_made_once(references, tmp_path, monkeypatch, capsys, same_
     gone = sorted(made)[3]
     gone.unlink()
     painted = []
-    whole = pictures._Painter.paint
+    whole = pictures._Pictures.of
     monkeypatch.setattr(
-        pictures._Painter, "paint", lambda self, tasks: painted.append(tasks) or whole(self, tasks)
+        pictures._Pictures, "of", lambda self, tasks: painted.append(tasks) or whole(self, tasks)
     )
     assert main(arguments) == 0
     assert [task.path.name for tasks in painted for task in tasks] == [gone.name]
@@ -554,7 +555,7 @@ def test_pictures_are_made_once(references, tmp_path, monkeypatch, capsys, same_
 
 
 def plan_of(tmp_path: Path, references: Path, **changes: Any) -> set[str]:
-    studio = pictures.Studio(sources=Sources(unet="microworld"), width=64, height=64)
+    studio = pictures.Setting(sources=Sources(unet="microworld"), width=64, height=64)
     values: dict[str, Any] = {
         "method": Method(name="m"), "seeds": [0], "text": "a photo", "studio": studio
     } | changes  # fmt: skip
@@ -582,7 +583,7 @@ def test_a_pictures_name_depends_on_everything_that_it_depends_on(
 ):
     base = plan_of(tmp_path, references)
     assert len(base) == 2 and base == plan_of(tmp_path, references)
-    larger = pictures.Studio(sources=Sources(unet="microworld"), width=128, height=64)
+    larger = pictures.Setting(sources=Sources(unet="microworld"), width=128, height=64)
     for change in (
         {"seeds": [1]}, {"text": "another photo"}, {"studio": larger},
         {"method": Method(name="m", strength=0.5)}, {"method": Method(name="m", references=2)},

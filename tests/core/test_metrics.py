@@ -11,7 +11,7 @@ import torch
 
 from infinite_id_core import errors
 from infinite_id_core.scores import metrics
-from infinite_id_core.scores.metrics import BootstrapOptions, Interval
+from infinite_id_core.scores.metrics import BootstrapOptions
 
 NAN = math.nan
 
@@ -124,8 +124,6 @@ def test_missing_faces_are_filled_or_left_out():
     assert metrics.zero_filled(scores).tolist() == [0.8, 0.0, -0.2]
     assert metrics.zero_filled(scores, clamp_negatives=True).tolist() == [0.8, 0.0, 0.0]
     assert metrics.detected_only(scores).tolist() == [0.8, -0.2]
-    assert metrics.detection_rate([True, False, True, True]) == 0.75
-    assert math.isnan(metrics.detection_rate([]))
 
 
 # --- copies --------------------------------------------------------------------------------------
@@ -198,15 +196,6 @@ def test_one_or_no_unit_has_no_interval(scores):
     plain = found.to_json()
     assert plain["low"] is None and plain["mean"] == (0.5 if scores == [0.5] else None)
     json.dumps(plain, allow_nan=False)
-
-
-def test_intervals_apart():
-    def made(low: float, high: float) -> Interval:
-        return Interval(mean=0, low=low, high=high, by="image", units=2, count=2)
-
-    assert made(0.1, 0.2).apart_from(made(0.3, 0.4)) and made(0.3, 0.4).apart_from(made(0.1, 0.2))
-    assert not made(0.1, 0.3).apart_from(made(0.3, 0.4))
-    assert not made(NAN, NAN).apart_from(made(0.3, 0.4))
 
 
 def test_many_scores_are_resampled_in_parts(monkeypatch):

@@ -26,7 +26,7 @@ from tools import demo, without_comfyui
 from trainer.errors import ReferencePhotoError
 from trainer.evaluate.figures import contact_sheet
 from trainer.evaluate.manifest import Row
-from trainer.evaluate.people import read_reference
+from trainer.photos import read_reference
 from trainer.prepare.photo import PhotoError, open_photo, read_pixels
 from trainer.shards import decode_photo
 

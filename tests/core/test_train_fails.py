@@ -170,7 +170,7 @@ def test_generate_names_a_full_memory(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(generate, "generate", full)
+    monkeypatch.setattr(generate, "load_painter", full)
     assert main(["generate", "--prompt", "a photo", "--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert "MemoryFullError: While making pictures" in said and "--width" in said

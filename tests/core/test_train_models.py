@@ -21,9 +21,9 @@ from infinite_id_core.errors import (
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from trainer.models import text, vae
 from trainer.models.unet import describe_unet, load_unet
-from trainer.models.unet_names import ldm_names
 
 from . import train_world
+from .ldm_names import ldm_names
 
 
 def same(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -22,7 +22,9 @@ from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.safetensors_file import read_header
 from infinite_id_core.hosts.diffusers_train import identity_training
 from infinite_id_core.hosts.diffusers_unet import text_projections, unet_layers
+from infinite_id_core.scores.score import ReadFace
 from infinite_id_core.sdxl.schedule import NoiseSchedule
+from microworld import files
 from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
@@ -36,7 +38,7 @@ from trainer.errors import (
 )
 from trainer.files import locked
 from trainer.models.unet import load_unet
-from trainer.models.vae import Autoencoder, _microworld_state
+from trainer.models.vae import Autoencoder
 from trainer.train import filling, loop, state
 from trainer.train.checks import adapter_config
 from trainer.train.estimate import dry_run
@@ -564,7 +566,7 @@ def test_an_autoencoder_that_overflows_is_named_and_nothing_is_cached(
     settings: Any, tmp_path: Path
 ) -> None:
     vae = tmp_path / "vae.safetensors"
-    weights = {name: tensor.clone() for name, tensor in _microworld_state().items()}
+    weights = {name: tensor.clone() for name, tensor in files.read_weights(files.VAE).items()}
     last = max((n for n in weights if n.startswith("taesd_encoder")), key=_layer)
     weights[last] += 1e9
     save_file(weights, vae)
@@ -781,14 +783,16 @@ def test_gradient_checkpointing_gives_the_same_weights(plain_run: Path, settings
 class EveryoneAlike:
     """A recogniser that finds a face in every other picture, always the same one."""
 
+    name = "of the test"
+
     def __init__(self) -> None:
         self.calls = 0
         self.answer = torch.randn(512, generator=torch.Generator().manual_seed(1))
 
-    def embed(self, picture: torch.Tensor) -> torch.Tensor | None:
+    def read(self, picture: torch.Tensor) -> ReadFace | None:
         self.calls += 1
         assert picture.shape == (64, 64, 3)
-        return self.answer if self.calls % 2 else None
+        return ReadFace(embedding=self.answer, crop=picture) if self.calls % 2 else None
 
 
 def events(folder: Path) -> Any:

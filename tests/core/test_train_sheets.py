@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from infinite_id_core.hosts.diffusers_sample import Prompt
+from infinite_id_core.scores.score import ReadFace
 from trainer.config import TrainConfig
 from trainer.data_index import Dataset
 from trainer.prompts import PromptFile, write_prompts
@@ -80,7 +81,9 @@ def test_a_column_has_its_head_and_a_picture_keeps_its_shape() -> None:
 class NoFace:
     """A recogniser that finds nobody."""
 
-    def embed(self, picture: torch.Tensor) -> torch.Tensor | None:
+    name = "of the test"
+
+    def read(self, picture: torch.Tensor) -> ReadFace | None:
         return None
 
 

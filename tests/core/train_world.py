@@ -29,8 +29,10 @@ from infinite_id_core.files.safetensors_file import read_header
 from trainer.config import TrainConfig
 from trainer.config_file import parse_config
 from trainer.index_file import INDEX, DatasetInfo, table_of, write_index
-from trainer.models.unet_names import Layout, ldm_names
+from trainer.models.unet_names import Layout
 from trainer.shards import SHARDS, ShardWriter
+
+from .ldm_names import ldm_names
 
 CONTEXT, POOLED = 16, 8
 LAYOUT = Layout(down=((0,), (1,)), middle=1, up=((1, 1), (0, 0)))

@@ -20,7 +20,7 @@ from infinite_id_core.method.identity import Identity
 from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 from microworld.comfy_models import unet_reference
-from trainer.models.unet_names import ldm_names, unet_config
+from trainer.models.unet_names import diffusers_names, unet_config
 
 from . import tiny_sdxl
 
@@ -47,7 +47,7 @@ def unet(comfy_model: Any) -> Any:
     # ComfyUI's SDXL class takes heads of 64 whatever the config of the tiny model says.
     config = unet_config({name: t.shape for name, t in state.items()}, head_width=64)
     model = UNet2DConditionModel(**config)
-    names = ldm_names(model)
+    names = diffusers_names(config, state)
     model.load_state_dict({names[ldm]: tensor for ldm, tensor in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -55,9 +55,10 @@ def unet(comfy_model: Any) -> Any:
 def test_our_names_are_the_hosts(comfy_model: Any, unet: Any) -> None:
     """ComfyUI's own table says the same of every tensor."""
     theirs = comfy.utils.unet_to_diffusers(tiny_sdxl.UNET_CONFIG)
-    ours = ldm_names(unet)
+    state = comfy_model.model.diffusion_model.state_dict()
+    ours = diffusers_names(unet.config, state)
     assert {name: theirs[name] for name in ours.values()} == {n: ldm for ldm, n in ours.items()}
-    assert set(ours) == set(comfy_model.model.diffusion_model.state_dict())
+    assert set(ours) == set(state)
 
 
 # Published SDXL kinds: depths as ComfyUI writes them (the output's from the finest level on).
@@ -115,7 +116,7 @@ def test_full_size_unets_are_read_off_their_shapes(kind: str) -> None:
     shapes = {name: t.shape for name, t in unet_reference(config).items()}
     with torch.device("meta"):
         wanted = UNet2DConditionModel(**unet_config(shapes))
-    names = ldm_names(wanted)
+    names = diffusers_names(wanted.config, shapes)
     assert {names[n]: tuple(s) for n, s in shapes.items()} == {
         n: tuple(t.shape) for n, t in wanted.state_dict().items()
     }

@@ -16,14 +16,14 @@ from infinite_id_core.encoders.open_clip import load_open_clip
 from infinite_id_core.errors import FaceModelError, FileMissingError, OptionError
 from infinite_id_core.faces.align import align
 from infinite_id_core.faces.detect import detect_faces
-from infinite_id_core.faces.pack import DETECTOR_SIZE, load_face_models
+from infinite_id_core.faces.pack import DETECTOR_SIZE
 from infinite_id_core.packages import require
 from infinite_id_core.scores.score import FaceReader, PackReader, ReadFace
 
-from ..config import Encoder
 from ..errors import UnknownBackboneError
-from ..models.unet import MICROWORLD
-from ..train.features import load_image_encoder
+from ..models.face_models import face_pack
+from ..models.image_encoder import load_image_encoder
+from ..models.source import MICROWORLD, source_of
 
 NONE = "none"
 ChannelOrder = Literal["rgb", "bgr"]
@@ -101,25 +101,6 @@ class OnnxReader:
         return ReadFace(embedding=torch.from_numpy(row), crop=align(picture, face.landmarks))
 
 
-def face_pack(source: str, detector_size: int = DETECTOR_SIZE) -> Any:
-    """insightface's ``FaceAnalysis`` of a folder ROOT/models/PACK, or the embedded one.
-
-    Raises ``UnknownBackboneError``, ``FaceModelError``.
-    """
-    if source == MICROWORLD:
-        from microworld import files
-
-        root = files.INSIGHTFACE_ROOT
-        return load_face_models(files.INSIGHTFACE_PACK, [root], detector_size=detector_size)
-    folder = Path(source)
-    if folder.parent.name != "models":
-        raise UnknownBackboneError(
-            f"{source!r} is no face model pack: expected its folder ROOT/models/PACK, as "
-            f"insightface and ComfyUI keep them, or {MICROWORLD!r}."
-        )
-    return load_face_models(folder.name, [folder.parent.parent], detector_size=detector_size)
-
-
 def face_reader(
     source: str,
     detector: str = MICROWORLD,
@@ -136,9 +117,7 @@ def face_reader(
     if source.endswith(".onnx"):
         return OnnxReader(Path(source), faces, options)
     if source == MICROWORLD:
-        from microworld import files
-
-        scorer = files.WEIGHTS / "scorer.onnx"
+        scorer = source_of(source, "unet").path.with_name("scorer.onnx")
         if scorer.is_file():
             return OnnxReader(scorer, faces)
         logger.warning(
@@ -157,7 +136,7 @@ def clip_model(source: str) -> ClipVision | None:
     if source == NONE:
         return None
     if source == MICROWORLD:
-        return load_image_encoder(Encoder(clip_model=MICROWORLD))
+        return load_image_encoder(MICROWORLD)
     name, equals, path = source.partition("=")
     if not (name and equals and path):
         raise UnknownBackboneError(

@@ -17,9 +17,9 @@ from infinite_id_core.errors import OptionError
 from infinite_id_core.faces.pack import DETECTOR_SIZE
 from infinite_id_core.scores.metrics import BootstrapOptions
 
-from ..generate import Sources
-from ..models.unet import MICROWORLD
+from ..models.source import MICROWORLD
 from ..models.unet_names import HEAD_WIDTH
+from ..painter import DTYPES, Sources
 from ..sheets import save_image
 from ..train.memory import memory_errors
 from .backbones import CHANNEL_ORDER, OnnxInput, clip_model, face_reader
@@ -28,11 +28,10 @@ from .manifest import Row, check_files, read_manifest, write_manifest
 from .measure import Measured, Progress, measure
 from .methods import NO_ADAPTER, Method, parse_method
 from .people import Person, read_people
-from .pictures import Studio, make_missing, plan, slug
+from .pictures import Setting, make_missing, plan, slug
 from .prompt_sets import EvalPrompt, known_sets, load_prompt_set
 from .summary import Summary, markdown, summarise, unreadable, write_pictures, write_summary
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SEEDS = 1000
 
 
@@ -85,7 +84,7 @@ def _make(values: argparse.Namespace, people: Sequence[Person]) -> list[Row]:
     )
     methods = [parse_method(text, defaults) for text in values.method] or [defaults]
     device = values.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    studio = Studio(
+    setting = Setting(
         sources=Sources(
             unet=values.unet,
             vae=values.vae,
@@ -98,15 +97,15 @@ def _make(values: argparse.Namespace, people: Sequence[Person]) -> list[Row]:
         height=values.size,
         batch=values.batch,
         device=device,
-        dtype=_DTYPES[values.precision or ("fp16" if device == "cuda" else "fp32")],
+        dtype=DTYPES[values.precision or ("fp16" if device == "cuda" else "fp32")],
     )
     tasks = plan(
-        values.output / "pictures", studio, methods, people[: values.people or None], prompts,
+        values.output / "pictures", setting, methods, people[: values.people or None], prompts,
         seeds(values.seeds),
     )  # fmt: skip
     missing = sum(not task.path.is_file() for task in tasks)
     with _bar("make", missing) as progress:
-        make_missing(tasks, studio, progress)
+        make_missing(tasks, setting, progress)
     rows = [task.row for task in tasks]
     write_manifest(values.output / "manifest.csv", rows)
     return rows
@@ -215,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative", default="", help="negative prompt")
     add("--batch", type=int, default=4, help="pictures sampled together")
     add("--device", default="", help="empty: cuda if there is one, else cpu")
-    add("--precision", choices=("", *_DTYPES), default="", help="empty: fp16 on cuda, else fp32")
+    add("--precision", choices=("", *DTYPES), default="", help="empty: fp16 on cuda, else fp32")
     add("--head-width", type=int, default=HEAD_WIDTH, help="of the UNet's attention heads")
 
     given = parser.add_argument_group("pictures of any method")

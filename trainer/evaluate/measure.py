@@ -28,9 +28,10 @@ from infinite_id_core.scores.metrics import (
 from infinite_id_core.scores.score import FaceReader, image_embeddings, mean_cosine, text_embeddings
 
 from ..errors import NoPicturesError
+from ..photos import read_photo, read_reference
 from ..prepare.photo import PhotoError
 from .manifest import Row
-from .people import Person, read_picture, read_reference
+from .people import Person
 
 Progress = Callable[[], None]
 
@@ -153,7 +154,7 @@ def _look_at_reference(reader: FaceReader, clip: ClipVision | None, path: Path) 
 
 def _look_at_picture(reader: FaceReader, clip: ClipVision | None, path: Path) -> Seen:
     try:
-        return look(reader, clip, read_picture(path))
+        return look(reader, clip, read_photo(path))
     except PhotoError as error:
         return Seen(problem=f"{error.reason} ({error.detail})")
 

@@ -6,15 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from infinite_id_core.errors import FileMissingError
 from infinite_id_core.files.pictures import SUFFIXES
 
-from ..errors import NoPicturesError, ReferencePhotoError, UnreadableError
+from ..errors import NoPicturesError, UnreadableError
 from ..prepare.folders import is_hidden
-from ..prepare.photo import PhotoError, read_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +55,3 @@ def _person(entry: Path) -> Iterator[Person]:
 
 def _is_photo(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not is_hidden(path.name) and path.is_file()
-
-
-def read_picture(path: Path) -> Tensor:
-    """A picture upright as ``[H, W, 3]`` in [0, 1]. Raises ``PhotoError``."""
-    return torch.from_numpy(read_pixels(path).copy()).float() / 255.0
-
-
-def read_reference(path: Path) -> Tensor:
-    """``read_picture`` of a reference. Raises ``ReferencePhotoError``."""
-    try:
-        return read_picture(path)
-    except PhotoError as error:
-        raise ReferencePhotoError(
-            path, f"the reference cannot be read: {error.reason} ({error.detail})."
-        ) from error

@@ -19,35 +19,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
-from infinite_id_core.errors import NoFaceError, OptionError
-from infinite_id_core.faces.find import FaceOptions, find_faces
-from infinite_id_core.hosts.diffusers_sample import AppliedIdentity, Prompt, sample
+from infinite_id_core.encoders.encode import EncodeOptions
+from infinite_id_core.errors import OptionError
+from infinite_id_core.hosts.diffusers_sample import AppliedIdentity
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity
 
-from ..config import Encoder
 from ..errors import disk_errors
 from ..files import sampled_sha256
-from ..generate import Picture, Sources, load_adapter, save_png
-from ..models.text import load_text_encoders
-from ..models.unet import MICROWORLD, LoadedUNet, load_unet
-from ..models.vae import Autoencoder, load_vae
-from ..train.features import load_image_encoder
-from .backbones import face_pack
+from ..generate import save_png
+from ..models.source import MICROWORLD, source_of
+from ..painter import (
+    IdentityReader,
+    Painter,
+    Picture,
+    Sources,
+    encode_texts,
+    joined,
+    load_adapter,
+    load_painter,
+)
+from ..photos import read_reference
 from .manifest import Row
 from .measure import Progress
 from .methods import NO_ADAPTER, Method
-from .people import Person, read_reference
+from .people import Person
 from .prompt_sets import EvalPrompt
-
-_TEXTS = 16  # encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Studio:
-    """What all methods of a run share."""
+class Setting:
+    """What all methods of a run share. Raises ``OptionError``."""
 
     sources: Sources
     face_models: str = MICROWORLD
@@ -93,7 +96,7 @@ class Task:
 
 def plan(
     folder: Path,
-    studio: Studio,
+    setting: Setting,
     methods: Sequence[Method],
     people: Sequence[Person],
     prompts: Sequence[EvalPrompt],
@@ -106,10 +109,10 @@ def plan(
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise OptionError(f"Each method needs a name of its own; got {', '.join(names)}.")
-    sources = studio.sources
-    models = (sources.unet, sources.vae, sources.text_encoders, studio.face_models,
-              studio.clip_weights)  # fmt: skip
-    base = [*map(_print_of, models), studio.width, studio.height, str(studio.dtype)]
+    sources = setting.sources
+    models = (sources.unet, sources.vae, sources.text_encoders, setting.face_models,
+              setting.clip_weights)  # fmt: skip
+    base = [*map(_print_of, models), setting.width, setting.height, str(setting.dtype)]
     photos = {photo: sampled_sha256(photo) for person in people for photo in person.photos}
     tasks = []
     for method, person in itertools.product(methods, people):
@@ -130,9 +133,8 @@ def _print_of(source: str) -> str:
         return ""
     path = Path(source)
     if source == MICROWORLD:
-        from microworld import files
-
-        found = [*files.WEIGHTS.glob("*.safetensors"), *files.FACE_MODELS.glob("*.onnx")]
+        place = source_of(source, "unet").path.parent
+        found = [*place.glob("*.safetensors"), *place.glob("insightface/models/*/*.onnx")]
     elif path.is_dir():
         found = [file for end in ("safetensors", "onnx") for file in path.rglob(f"*.{end}")]
     else:
@@ -148,7 +150,7 @@ def slug(text: str) -> str:
     return f"{kept[:40].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".strip("-")
 
 
-def make_missing(tasks: Sequence[Task], studio: Studio, progress: Progress | None = None) -> int:
+def make_missing(tasks: Sequence[Task], setting: Setting, progress: Progress | None = None) -> int:
     """Make the pictures that are not there; how many those were.
 
     Each is written atomically as soon as its batch is done. Raises what models and photos raise.
@@ -156,10 +158,10 @@ def make_missing(tasks: Sequence[Task], studio: Studio, progress: Progress | Non
     missing = [task for task in tasks if not task.path.is_file()]
     if not missing:
         return 0
-    painter = _Painter(studio, missing)
+    pictures = _Pictures(setting, missing)
     for _, group in itertools.groupby(missing, key=lambda t: (t.method.name, t.person.name)):
-        for some in _chunks(list(group), studio.batch):
-            for task, picture in zip(some, painter.paint(some), strict=True):
+        for some in _chunks(list(group), setting.batch):
+            for task, picture in zip(some, pictures.of(some), strict=True):
                 task.path.parent.mkdir(parents=True, exist_ok=True)
                 with disk_errors(task.path):
                     save_png(picture, task.path)
@@ -172,57 +174,42 @@ def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
-class _Painter:
-    """The loaded models; each is loaded when it is first needed, and once."""
+class _Pictures:
+    """The loaded models, and who was read already."""
 
-    def __init__(self, studio: Studio, tasks: Sequence[Task]) -> None:
-        self.studio = studio
-        self.texts = _encode(studio, tasks)
+    def __init__(self, setting: Setting, tasks: Sequence[Task]) -> None:
+        self.setting = setting
+        texts = [text for task in tasks for text in (task.prompt.text, task.method.negative)]
+        self.prompts = encode_texts(setting.sources, texts, setting.device)
         self.adapters: dict[str, Adapter] = {}
-        self.encoders: dict[str, Any] = {}
+        self.reader = IdentityReader(setting.face_models, setting.clip_weights)
         self.identities: dict[tuple[Any, ...], Identity] = {}
 
     @cached_property
-    def unet(self) -> LoadedUNet:
-        sources = self.studio.sources
-        loaded = load_unet(sources.unet, dtype=self.studio.dtype, head_width=sources.head_width)
-        loaded.unet.to(self.studio.device)
-        return loaded
+    def painter(self) -> Painter:
+        setting = self.setting
+        return load_painter(setting.sources, setting.device, setting.dtype)
 
-    @cached_property
-    def vae(self) -> Autoencoder:
-        vae = load_vae(self.studio.sources.vae or self.studio.sources.unet)
-        vae.module.to(self.studio.device)
-        return vae
-
-    @cached_property
-    def faces(self) -> Any:
-        return face_pack(self.studio.face_models)
-
-    def paint(self, tasks: Sequence[Task]) -> Tensor:
+    def of(self, tasks: Sequence[Task]) -> Tensor:
         """Pictures ``[n, 3, H, W]`` of tasks of one method and one person."""
-        method, studio = tasks[0].method, self.studio
-        size = {"width": studio.width, "height": studio.height}
-        noise = torch.cat([Picture(seed=task.seed, **size).noise() for task in tasks])
-        latents = sample(
-            self.unet.unet,
+        method, setting = tasks[0].method, self.setting
+        size = {"width": setting.width, "height": setting.height}
+        return self.painter.paint(
+            joined([self.prompts[task.prompt.text] for task in tasks]),
+            self.prompts[method.negative],
+            torch.cat([Picture(seed=task.seed, **size).noise() for task in tasks]),
             self._applied(tasks[0]),
-            _joined([self.texts[task.prompt.text] for task in tasks]),
-            self.texts[method.negative],
-            noise.to(studio.device),
             options=method.options(),
             sampling=method.sampling(),
-            schedule=self.unet.schedule,
             negative_pass=method.negative_pass(),
         )
-        return self.vae.decode(latents).cpu()
 
     def _applied(self, task: Task) -> list[AppliedIdentity]:
         method = task.method
         if method.adapter == NO_ADAPTER or method.strength == 0.0:
             return []
         if method.adapter not in self.adapters:
-            self.adapters = {method.adapter: load_adapter(method.adapter).to(self.studio.device)}
+            self.adapters = {method.adapter: load_adapter(method.adapter).to(self.setting.device)}
         adapter = self.adapters[method.adapter]
         identity = self._identity(adapter, task.person.photos[: method.references])
         return [AppliedIdentity(adapter=adapter, identity=identity, strength=method.strength)]
@@ -231,42 +218,6 @@ class _Painter:
         options, model = EncodeOptions.of_needs(adapter.needs), adapter.needs[CLIP].model
         key = (photos, model, options.clip_layer, options.embedding)
         if key not in self.identities:
-            faces = [self._face(photo) for photo in photos]
-            self.identities[key] = encode_faces(faces, self._clip(model), options)
+            read = {str(photo): read_reference(photo) for photo in photos}
+            self.identities[key] = self.reader.read(adapter, read)
         return self.identities[key]
-
-    def _face(self, photo: Path) -> Any:
-        try:
-            (face,) = find_faces(self.faces, read_reference(photo), FaceOptions()).chosen
-        except NoFaceError as error:
-            raise NoFaceError(f"{photo}: {error}") from error
-        return face
-
-    def _clip(self, name: str) -> Any:
-        if name not in self.encoders:
-            encoder = Encoder(clip_model=name, clip_weights=self.studio.clip_weights)
-            self.encoders[name] = load_image_encoder(encoder)
-        return self.encoders[name]
-
-
-def _encode(studio: Studio, tasks: Sequence[Task]) -> dict[str, Prompt]:
-    """Every prompt and negative of ``tasks``, each encoded once; the encoders are let go."""
-    sources = studio.sources
-    encoders = load_text_encoders(sources.text_encoders or sources.unet)
-    encoders = encoders.to(torch.device(studio.device))
-    texts = list(dict.fromkeys(t for k in tasks for t in (k.prompt.text, k.method.negative)))
-    found: dict[str, Prompt] = {}
-    for start in range(0, len(texts), _TEXTS):
-        some = texts[start : start + _TEXTS]
-        both = encoders.encode(some)
-        for number, text in enumerate(some):
-            row = slice(number, number + 1)
-            found[text] = Prompt(context=both.context[row], pooled=both.pooled[row])
-    return found
-
-
-def _joined(prompts: Sequence[Prompt]) -> Prompt:
-    return Prompt(
-        context=torch.cat([prompt.context for prompt in prompts]),
-        pooled=torch.cat([prompt.pooled for prompt in prompts]),
-    )

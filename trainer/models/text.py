@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError, ModelMismatchError
-from infinite_id_core.files.safetensors_file import Header, open_safetensors, read_header
 from infinite_id_core.hosts.diffusers_sample import Prompt
 from infinite_id_core.packages import require
 
 from ..files import sampled_sha256
-from .unet import MICROWORLD
+from .source import source_of
 
 TOKENS = 77
 _END = 49407  # CLIP's end of text
@@ -78,14 +77,14 @@ def load_text_encoders(source: str | Path) -> TextEncoders:
 
     Raises ``ModelMismatchError`` for a file without both, subclasses of ``FileError``.
     """
-    fingerprint = text_fingerprint(source)
-    if str(source) == MICROWORLD:
-        states, head_width = _microworld_states(), 32
-    elif Path(source).is_dir():
-        first, second = (_from_folder(Path(source), n) for n in ("", "_2"))
+    place, fingerprint = source_of(source, "text_encoders"), text_fingerprint(source)
+    if place.is_folder:
+        first, second = (_from_folder(place.path, n) for n in ("", "_2"))
         return TextEncoders(clip_l=first, clip_g=second, fingerprint=fingerprint)
-    else:
-        states, head_width = _read(Path(source)), _HEAD_WIDTH
+    with place.opened() as file:
+        read = partial(file.tensor, dtype=torch.float32)
+        states = _states(place.path, file.shapes, read)
+    head_width = place.head_width(_HEAD_WIDTH)
     built = {name: _build(states[name], name, head_width, source) for name in _ENCODERS}
     return TextEncoders(**built, fingerprint=fingerprint)
 
@@ -95,42 +94,31 @@ def check_text_encoders(source: str | Path) -> None:
 
     Raises as ``load_text_encoders``.
     """
-    if str(source) == MICROWORLD:
-        return
-    path = Path(source)
-    if path.is_dir():
+    place = source_of(source, "text_encoders")
+    if place.is_folder:
         text_fingerprint(source)
         return
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
-    header = read_header(path)
-    prefixes = _kind(path, header)
-    for name, entry in header.tensors.items():
-        for prefix, encoder in prefixes.items():
-            if name.startswith(prefix):
-                empty = torch.empty(entry.shape, device="meta")
-                states[encoder][name.removeprefix(prefix)] = empty
+    shapes = place.shapes()
+    states = _states(place.path, shapes, lambda name: torch.empty(shapes[name], device="meta"))
     for name, state in states.items():
-        _build(_in_our_names(state), name, _HEAD_WIDTH, source)
+        _build(state, name, place.head_width(_HEAD_WIDTH), source)
 
 
 def text_fingerprint(source: str | Path) -> str:
     """Changes when the weights do; without loading them. Raises as ``load_text_encoders``."""
-    if str(source) == MICROWORLD:
-        from microworld import files
-
-        return sampled_sha256(files.TEXT_ENCODERS)
-    if Path(source).is_dir():
-        folders = [Path(source) / f"text_encoder{end}" for end in ("", "_2")]
-        files_of = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-        if len(files_of) < 2:
+    place = source_of(source, "text_encoders")
+    if place.is_folder:
+        folders = [place.path / f"text_encoder{end}" for end in ("", "_2")]
+        files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+        if len(files) < 2:
             raise FileMissingError(source, "expected text_encoder and text_encoder_2 in it.")
-        return sampled_sha256(*files_of)
-    _kind(Path(source), read_header(Path(source)))
-    return sampled_sha256(Path(source))
+        return sampled_sha256(*files)
+    if not place.embedded:
+        _kind(place.path, place.shapes())
+    return sampled_sha256(place.path)
 
 
-def _kind(path: Path, header: Header) -> dict[str, str]:
-    names = header.tensors
+def _kind(path: Path, names: Collection[str]) -> dict[str, str]:
     for prefixes in _PREFIXES:
         if all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
             return prefixes
@@ -140,34 +128,21 @@ def _kind(path: Path, header: Header) -> dict[str, str]:
     )
 
 
-def _read(path: Path) -> dict[str, dict[str, Tensor]]:
+def _states(
+    path: Path, names: Collection[str], read: Callable[[str], Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Both encoders' tensors in our names, each as ``read`` gives it."""
     states: dict[str, dict[str, Tensor]] = {name: {} for name in _ENCODERS}
-    with open_safetensors(path) as file:
-        prefixes = _kind(path, file.header)
-        for name in file.header.tensors:
-            for prefix, encoder in prefixes.items():
-                if name.startswith(prefix):
-                    tensor = file.tensor(name, torch.float32)
-                    states[encoder][name.removeprefix(prefix)] = tensor
+    prefixes = _kind(path, names)
+    for name in names:
+        for prefix, encoder in prefixes.items():
+            if name.startswith(prefix):
+                states[encoder][name.removeprefix(prefix)] = read(name)
     return {name: _in_our_names(state) for name, state in states.items()}
 
 
 def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _from_open_clip(state) if "token_embedding.weight" in state else state
-
-
-def _microworld_states() -> dict[str, dict[str, Tensor]]:
-    from microworld import files
-
-    state = files.read_weights(files.TEXT_ENCODERS)
-    return {
-        name: {
-            key.removeprefix(f"{name}.transformer."): tensor
-            for key, tensor in state.items()
-            if key.startswith(f"{name}.transformer.")
-        }
-        for name in _ENCODERS
-    }
 
 
 def _build(state: dict[str, Tensor], name: str, head_width: int, source: str | Path) -> Any:

@@ -7,22 +7,19 @@ SDXL, a pruned one and a toy all load. A diffusers folder brings its own configu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError, NotSDXLError, WrongFormatError
-from infinite_id_core.files.safetensors_file import Header, SafetensorsFile, open_safetensors
 from infinite_id_core.sdxl.schedule import NoiseSchedule
 
 from ..files import read_json, sampled_sha256
-from .unet_names import HEAD_WIDTH, check_inputs, check_shapes, empty_unet, ldm_names, unet_config
+from .source import Source, source_of
+from .unet_names import HEAD_WIDTH, Shapes, check_inputs, check_shapes, empty_unet, unet_config
 
-MICROWORLD = "microworld"  # in place of a path: the embedded tiny models
 SIZE_IDS = 6
 
 
@@ -55,7 +52,6 @@ class LoadedUNet:
 class UNetFile:
     """A single file's UNet by its header alone; no tensor has been read."""
 
-    path: Path
     prefix: str
     """Before ldm's names, e.g. ``model.diffusion_model.``."""
     config: dict[str, Any]
@@ -77,41 +73,36 @@ def load_unet(
     ``schedule`` None takes what the source says. Raises ``NotSDXLError``, subclasses of
     ``FileError``.
     """
-    if str(source) == MICROWORLD:
-        loaded = _load_microworld(dtype)
-    elif Path(source).is_dir():
-        loaded = _load_folder(Path(source), dtype)
-    else:
-        loaded = _load_file(Path(source), dtype, head_width)
-    loaded.unet.eval().requires_grad_(False)
-    if schedule is None:
-        return loaded
-    return LoadedUNet(**{**vars(loaded), "schedule": schedule})
+    place = source_of(source, "unet")
+    load = _load_folder if place.is_folder else _load_file
+    unet, found = load(place, dtype, head_width)
+    return LoadedUNet(
+        unet=unet.eval().requires_grad_(False),
+        schedule=schedule or found,
+        name=place.name,
+        fingerprint=unet_fingerprint(source),
+    )
 
 
 def describe_unet(source: str | Path, *, head_width: int = HEAD_WIDTH) -> dict[str, Any]:
     """diffusers' configuration of a UNet without reading its weights. Raises as ``load_unet``."""
-    if str(source) == MICROWORLD:
-        return _microworld_config()
-    if Path(source).is_dir():
-        return _folder_config(_unet_folder(Path(source)))
-    return read_unet_file(Path(source), head_width=head_width).config
+    place = source_of(source, "unet")
+    if place.is_folder:
+        return _folder_config(_unet_folder(place.path))
+    return _described(place.path, place.shapes(), place.head_width(head_width)).config
 
 
 def unet_name(source: str | Path) -> str:
     """For the adapter's record: the file's or folder's name, or ``microworld``."""
-    return MICROWORLD if str(source) == MICROWORLD else Path(source).name
+    return source_of(source, "unet").name
 
 
 def unet_fingerprint(source: str | Path) -> str:
     """Changes when the weights do; without loading them. Raises ``FileMissingError``."""
-    if str(source) == MICROWORLD:
-        from microworld import files
-
-        return sampled_sha256(files.UNET)
-    if not Path(source).is_dir():
-        return sampled_sha256(Path(source))
-    return sampled_sha256(*_folder_weights(_unet_folder(Path(source))))
+    place = source_of(source, "unet")
+    if not place.is_folder:
+        return sampled_sha256(place.path)
+    return sampled_sha256(*_folder_weights(_unet_folder(place.path)))
 
 
 def _folder_weights(place: Path) -> list[Path]:
@@ -124,41 +115,31 @@ def _folder_weights(place: Path) -> list[Path]:
 # --- single files ----------------------------------------------------------------------------
 
 
-def read_unet_file(path: Path, *, head_width: int = HEAD_WIDTH) -> UNetFile:
-    """Check a file's UNet by its header. Raises ``NotSDXLError``, subclasses of ``FileError``."""
-    with open_safetensors(path) as file:
-        return _described(path, file.header, head_width)
-
-
-def _described(path: Path, header: Header, head_width: int) -> UNetFile:
+def _described(path: Path, found: Shapes, head_width: int) -> UNetFile:
     end = "input_blocks.0.0.weight"
-    found = [name for name in header.tensors if name.endswith(end)]
-    if len(found) != 1:
+    ends = [name for name in found if name.endswith(end)]
+    if len(ends) != 1:
         hint = (
             "It looks like diffusers' naming: give the folder with its config.json instead."
-            if any(name.startswith(("conv_in.", "down_blocks.")) for name in header.tensors)
+            if any(name.startswith(("conv_in.", "down_blocks.")) for name in found)
             else "Expected an SDXL checkpoint or UNet as ComfyUI loads it."
         )
-        raise NotSDXLError(
-            f"{path}: no UNet was found among its {len(header.tensors)} tensors. {hint}"
-        )
-    prefix = found[0].removesuffix(end)
+        raise NotSDXLError(f"{path}: no UNet was found among its {len(found)} tensors. {hint}")
+    prefix = ends[0].removesuffix(end)
     # A bare UNet file may hold marks beside the network; a checkpoint holds whole other models.
     shapes = {
-        name.removeprefix(prefix): entry.shape
-        for name, entry in header.tensors.items()
+        name.removeprefix(prefix): shape
+        for name, shape in found.items()
         if name.startswith(prefix) and name.removeprefix(prefix) not in _MARKS
     }
-    marks = {name.removeprefix(prefix) for name in header.tensors} & set(_MARKS)
+    marks = {name.removeprefix(prefix) for name in found} & set(_MARKS)
     try:
         config = unet_config(shapes, head_width)
         names = check_shapes(config, shapes)
         check_inputs(config)
     except NotSDXLError as error:
         raise NotSDXLError(f"{path}: {error}") from error
-    return UNetFile(
-        path=path, prefix=prefix, config=config, names=names, schedule=_schedule_of(marks)
-    )
+    return UNetFile(prefix=prefix, config=config, names=names, schedule=_schedule_of(marks))
 
 
 _MARKS = ("v_pred", "ztsnr")  # empty tensors by which files say how they were trained
@@ -171,25 +152,16 @@ def _schedule_of(marks: set[str]) -> NoiseSchedule:
     )
 
 
-def _load_file(path: Path, dtype: torch.dtype, head_width: int) -> LoadedUNet:
-    with open_safetensors(path) as file:
-        described = _described(path, file.header, head_width)
+def _load_file(place: Source, dtype: torch.dtype, head_width: int) -> tuple[Any, NoiseSchedule]:
+    with place.opened() as file:
+        described = _described(place.path, file.shapes, place.head_width(head_width))
         unet = empty_unet(described.config)
-        unet.load_state_dict(dict(_read_unet(file, described, dtype)), assign=True)
-    return LoadedUNet(
-        unet=unet,
-        schedule=described.schedule,
-        name=path.name,
-        fingerprint=sampled_sha256(path),
-    )
-
-
-def _read_unet(
-    file: SafetensorsFile, described: UNetFile, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under diffusers' names, one at a time; only the UNet's are read."""
-    for ldm, name in described.names.items():
-        yield name, file.tensor(described.prefix + ldm, dtype)
+        state = {
+            name: file.tensor(described.prefix + ldm, dtype)
+            for ldm, name in described.names.items()
+        }
+        unet.load_state_dict(state, assign=True)
+    return unet, described.schedule
 
 
 # --- diffusers folders -----------------------------------------------------------------------
@@ -218,22 +190,17 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> LoadedUNet:
+def _load_folder(place: Source, dtype: torch.dtype, _: int) -> tuple[Any, NoiseSchedule]:
     import diffusers
 
-    place = _unet_folder(folder)
-    _folder_config(place)
-    weights = _folder_weights(place)
+    folder = _unet_folder(place.path)
+    _folder_config(folder)
+    _folder_weights(folder)
     model: Any = diffusers.UNet2DConditionModel
     unet = model.from_pretrained(
-        place, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
     )
-    return LoadedUNet(
-        unet=unet,
-        schedule=_folder_schedule(folder),
-        name=folder.name,
-        fingerprint=sampled_sha256(*weights),
-    )
+    return unet, _folder_schedule(place.path)
 
 
 def _folder_schedule(folder: Path) -> NoiseSchedule:
@@ -246,32 +213,4 @@ def _folder_schedule(folder: Path) -> NoiseSchedule:
     return NoiseSchedule(
         prediction="v" if values.get("prediction_type") == "v_prediction" else "epsilon",
         zero_terminal_snr=bool(values.get("rescale_betas_zero_snr", False)),
-    )
-
-
-# --- the embedded tiny model -----------------------------------------------------------------
-
-
-def _microworld_config() -> dict[str, Any]:
-    from microworld import files
-    from microworld.config import UNET
-
-    shapes = {name: tensor.shape for name, tensor in files.read_weights(files.UNET).items()}
-    return unet_config(shapes, UNET["num_head_channels"])
-
-
-def _load_microworld(dtype: torch.dtype) -> LoadedUNet:
-    """The weights that ComfyUI gets from ``InfiniteIDMicroModel``."""
-    from microworld import files
-
-    unet = empty_unet(_microworld_config())
-    names = ldm_names(unet)
-    state = files.read_weights(files.UNET)
-    files.check_names(files.UNET, state, names)
-    unet.load_state_dict({names[n]: t.to(dtype) for n, t in state.items()}, assign=True)
-    return LoadedUNet(
-        unet=unet,
-        schedule=NoiseSchedule(),
-        name=MICROWORLD,
-        fingerprint=unet_fingerprint(MICROWORLD),
     )

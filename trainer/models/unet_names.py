@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,64 +31,15 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
         return build(**config)
 
 
-_FIXED = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Transformer depth of each resnet, by level; 0 is none. All that names depend on."""
+    """Transformer depth of each resnet, by level; 0 is none."""
 
     down: tuple[tuple[int, ...], ...]
     middle: int
     """As in ComfyUI, -1 is a middle of one resnet, -2 is none at all."""
     up: tuple[tuple[int, ...], ...]
     """From the coarsest level to the finest, one resnet more than ``down``."""
-
-    def prefixes(self) -> Iterator[tuple[str, str]]:
-        """(ldm, diffusers) prefix of every module whose inner names need no or a fixed change."""
-        yield from _FIXED.items()
-        number = 1
-        for level, depths in enumerate(self.down):
-            for position, depth in enumerate(depths):
-                block = f"input_blocks.{number}", f"down_blocks.{level}"
-                yield from _block(*block, position, depth)
-                number += 1
-            if level < len(self.down) - 1:
-                yield f"input_blocks.{number}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
-                number += 1
-        if self.middle >= -1:
-            yield from _resnet("middle_block.0", "mid_block.resnets.0")
-        if self.middle >= 0:
-            yield "middle_block.1", "mid_block.attentions.0"
-            yield from _resnet("middle_block.2", "mid_block.resnets.1")
-        number = 0
-        for level, depths in enumerate(self.up):
-            for position, depth in enumerate(depths):
-                block = f"output_blocks.{number}", f"up_blocks.{level}"
-                yield from _block(*block, position, depth)
-                if position == len(depths) - 1 and level < len(self.up) - 1:
-                    place = 2 if depth else 1
-                    yield (
-                        f"output_blocks.{number}.{place}.conv",
-                        f"up_blocks.{level}.upsamplers.0.conv",
-                    )
-                number += 1
 
     def config(
         self,
@@ -143,17 +94,6 @@ class Layout:
             "addition_time_embed_dim": _TIME_WIDTH,
             "projection_class_embeddings_input_dim": added_width,
         }
-
-
-def _block(ldm: str, diffusers: str, position: int, depth: int) -> Iterator[tuple[str, str]]:
-    yield from _resnet(f"{ldm}.0", f"{diffusers}.resnets.{position}")
-    if depth:
-        yield f"{ldm}.1", f"{diffusers}.attentions.{position}"
-
-
-def _resnet(ldm: str, diffusers: str) -> Iterator[tuple[str, str]]:
-    for inner, name in _RESNET.items():
-        yield f"{ldm}.{inner}", f"{diffusers}.{name}"
 
 
 def _middle_type(depth: int) -> str | None:
@@ -259,7 +199,7 @@ def check_shapes(config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:
     Raises ``NotSDXLError`` naming what is missing, left over or of another shape.
     """
     wanted = {name: tuple(t.shape) for name, t in empty_unet(config).state_dict().items()}
-    names = rename(layout_of(shapes), shapes)
+    names = diffusers_names(config, shapes)
     found = {names[ldm]: tuple(shape) for ldm, shape in shapes.items() if ldm in names}
     unknown = sorted(shapes.keys() - names.keys())
     missing = sorted(wanted.keys() - found.keys())
@@ -273,42 +213,16 @@ def check_shapes(config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:
     return names
 
 
-def rename(layout: Layout, names: Iterator[str] | Mapping[str, Any]) -> dict[str, str]:
-    """ldm name -> diffusers name, for those of ``names`` that have one."""
-    prefixes = dict(layout.prefixes())
-    renamed = {}
-    for name in names:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            prefix = ".".join(parts[:end])
-            if prefix in prefixes:
-                renamed[name] = ".".join([prefixes[prefix], *parts[end:]])
-                break
-    return renamed
+def diffusers_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """ldm name -> diffusers name, by diffusers' own conversion, which moves values unseen."""
+    from diffusers.loaders import single_file_utils
 
-
-def ldm_names(unet: Any) -> dict[str, str]:
-    """ldm name -> diffusers name for every tensor of a ``UNet2DConditionModel``."""
-    config = unet.config
-
-    def depths(blocks: Any) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(
-                len(block.attentions[i].transformer_blocks) if hasattr(block, "attentions") else 0
-                for i in range(len(block.resnets))
-            )
-            for block in blocks
+    convert: Any = single_file_utils.convert_ldm_unet_checkpoint
+    layers = set(config["layers_per_block"])
+    if len(layers) > 1:
+        raise NotSDXLError(
+            f"its levels have {sorted(layers)} resnets each; diffusers converts equal levels only."
         )
-
-    if config.mid_block_type == "UNetMidBlock2DCrossAttn":
-        middle = len(unet.mid_block.attentions[0].transformer_blocks)
-    else:
-        middle = -2 if config.mid_block_type is None else -1
-    layout = Layout(down=depths(unet.down_blocks), middle=middle, up=depths(unet.up_blocks))
-    back = {diffusers: ldm for ldm, diffusers in layout.prefixes()}
-    names: dict[str, str] = {}
-    for name in unet.state_dict():
-        parts = name.split(".")
-        end = next(e for e in range(len(parts) - 1, 0, -1) if ".".join(parts[:e]) in back)
-        names[".".join([back[".".join(parts[:end])], *parts[end:]])] = name
-    return names
+    held = {single_file_utils.LDM_UNET_KEY + name: name for name in names}
+    converted = convert(held, {**config, "layers_per_block": layers.pop()})
+    return {ldm: name for name, ldm in converted.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +13,9 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.errors import FileMissingError, ModelMismatchError, NotFiniteError
-from infinite_id_core.files.safetensors_file import (
-    Header,
-    SafetensorsFile,
-    open_safetensors,
-    read_header,
-)
 
 from ..files import read_json, sampled_sha256
-from .unet import MICROWORLD
+from .source import source_of
 
 STRIDE = 8  # pixels per latent pixel
 
@@ -80,11 +75,17 @@ def load_vae(source: str | Path) -> Autoencoder:
 
     Raises ``ModelMismatchError`` for a file without one, subclasses of ``FileError``.
     """
-    module, fingerprint = _load(source)
+    place = source_of(source, "vae")
+    if place.is_folder:
+        module = _from_folder(_folder(place.path))
+    else:
+        with place.opened() as file:
+            read = partial(file.tensor, dtype=torch.float32)
+            module = _from_file(place.path, file.shapes, read)
     module.eval().requires_grad_(False).float()
     if not all(bool(t.isfinite().all()) for t in module.state_dict().values()):
         raise NotFiniteError(source, "the autoencoder's weights hold NaN or infinity.")
-    return Autoencoder(module=module, fingerprint=fingerprint)
+    return Autoencoder(module=module, fingerprint=vae_fingerprint(source))
 
 
 def check_vae(source: str | Path) -> None:
@@ -92,56 +93,34 @@ def check_vae(source: str | Path) -> None:
 
     Raises as ``load_vae``.
     """
-    if str(source) == MICROWORLD:
+    place = source_of(source, "vae")
+    if place.is_folder:
+        _folder(place.path)
         return
-    path = Path(source)
-    if path.is_dir():
-        _folder(path)
-        return
-    header = read_header(path)
-    prefix, tiny = _kind(path, header)
-    state = {
-        name.removeprefix(prefix): torch.empty(entry.shape, device="meta")
-        for name, entry in header.tensors.items()
-        if name.startswith(prefix)
-    }
-    _built(path, state, tiny)
+    shapes = place.shapes()
+    _from_file(place.path, shapes, lambda name: torch.empty(shapes[name], device="meta"))
 
 
-def _built(path: Path, state: dict[str, Tensor], tiny: bool) -> Any:
+def vae_fingerprint(source: str | Path) -> str:
+    """Changes when the weights do; without loading them."""
+    place = source_of(source, "vae")
+    if place.is_folder:
+        return sampled_sha256(*sorted(_folder(place.path).glob("*.safetensors")))
+    return sampled_sha256(place.path)
+
+
+def _from_file(path: Path, names: Collection[str], read: Callable[[str], Tensor]) -> Any:
+    """The module of a file with these tensors, each as ``read`` gives it."""
+    prefix, tiny = _kind(path, names)
+    state = {name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)}
     try:
         return _tiny(state) if tiny else _full(state)
     except (RuntimeError, LookupError) as error:
         raise ModelMismatchError(f"{path}: its autoencoder is not SDXL's ({error}).") from error
 
 
-def vae_fingerprint(source: str | Path) -> str:
-    """Changes when the weights do; without loading them."""
-    if str(source) == MICROWORLD:
-        from microworld import files
-
-        return sampled_sha256(files.VAE)
-    if Path(source).is_dir():
-        return sampled_sha256(*sorted(_folder(Path(source)).glob("*.safetensors")))
-    return sampled_sha256(Path(source))
-
-
-def _load(source: str | Path) -> tuple[Any, str]:
-    fingerprint = vae_fingerprint(source)
-    if str(source) == MICROWORLD:
-        return _tiny(_microworld_state()), fingerprint
-    if Path(source).is_dir():
-        return _from_folder(_folder(Path(source))), fingerprint
-    path = Path(source)
-    with open_safetensors(path) as file:
-        prefix, tiny = _kind(path, file.header)
-        state = _read(file, prefix)
-    return _built(path, state, tiny), fingerprint
-
-
-def _kind(path: Path, header: Header) -> tuple[str, bool]:
+def _kind(path: Path, names: Collection[str]) -> tuple[str, bool]:
     """The prefix of a file's VAE, and whether it is TAESD-shaped."""
-    names = header.tensors
     for end, tiny in ((_LDM_END, False), (_TINY_END, True)):
         found = [name for name in names if name.endswith(end)]
         if len(found) == 1:
@@ -151,14 +130,6 @@ def _kind(path: Path, header: Header) -> tuple[str, bool]:
         "model.vae: a checkpoint that holds it, a VAE file as ComfyUI loads it, or a diffusers "
         "folder."
     )
-
-
-def _read(file: SafetensorsFile, prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): file.tensor(name, torch.float32)
-        for name in file.header.tensors
-        if name.startswith(prefix)
-    }
 
 
 def _full(state: dict[str, Tensor]) -> Any:
@@ -190,12 +161,6 @@ def _tiny(state: Mapping[str, Tensor]) -> Any:
             renamed[f"{match[1]}.layers.{number}.{match[3]}"] = tensor
     module.load_state_dict(renamed, assign=True)
     return module
-
-
-def _microworld_state() -> Mapping[str, Tensor]:
-    from microworld import files
-
-    return files.read_weights(files.VAE)
 
 
 def _folder(folder: Path) -> Path:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from infinite_id_core.errors import FaceModelError
 from infinite_id_core.faces.align import crop_matrix
 from infinite_id_core.faces.detect import DetectedFace, detect_faces
-from infinite_id_core.faces.pack import PROVIDERS, load_face_models, recogniser_name
+from infinite_id_core.faces.pack import PROVIDERS, recogniser_name
 from infinite_id_core.method.face_clip import FACE_WIDTH
 
+from ..models.face_models import face_pack
 from .manifest import file_sha256, fingerprint_of
 from .photo import Picture
 
@@ -65,18 +66,7 @@ def load(models: FaceModels) -> Any:
             f"provider must be one of {', '.join(p.lower() for p in PROVIDERS)}; got "
             f"{models.provider!r}."
         )
-    if not folder.is_dir() or folder.parent.name != "models":
-        raise FaceModelError(
-            f"{folder}: expected a face model pack's folder ROOT/models/PACK (.onnx files of a "
-            "detector and a recogniser), as insightface and ComfyUI keep them."
-        )
-    app = load_face_models(
-        folder.name,
-        [folder.parent.parent],
-        provider,
-        models.detector_size,
-        threads=models.threads,
-    )
+    app = face_pack(folder, models.detector_size, provider, models.threads)
     size = (models.detector_size, models.detector_size)
     app.prepare(ctx_id=0, det_thresh=models.min_detection, det_size=size)
     return app

@@ -17,18 +17,20 @@ from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.records import AdapterConfig
+from infinite_id_core.scores.score import FaceReader, PackReader
 
 from ..config import Device, FileDtype, Precision, TrainConfig
 from ..data_index import Dataset
 from ..errors import ConfigValueError
 from ..files import check_writable
-from ..likeness import InsightFaceRecogniser, Recogniser
+from ..models.face_models import face_pack
+from ..models.image_encoder import check_image_encoder, clip_width
 from ..models.text import check_text_encoders
 from ..models.unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
 from ..models.vae import check_vae
 from ..prompts import read_prompts
 from . import state
-from .features import check_image_encoder, clip_width, fingerprints_of, reference_row
+from .features import fingerprints_of, reference_row
 from .fp8 import check_fp8, narrow
 from .log import logger
 from .optimisers import require_package
@@ -61,7 +63,7 @@ class CheckedRun:
     """What is recorded with the adapter."""
     record: state.RunRecord
     """What the run's checkpoints say of it, at step 0."""
-    recogniser: Recogniser | None
+    recogniser: FaceReader | None
     """Scores previews."""
 
 
@@ -72,7 +74,7 @@ def check_run(
     *,
     world: int | None = None,
     changed: bool = False,
-    recogniser: Recogniser | None = None,
+    recogniser: FaceReader | None = None,
 ) -> CheckedRun:
     """Look at everything a run will meet.
 
@@ -113,7 +115,7 @@ def check_run(
     if held_out is not None and config.previews.prompts:
         _check_prompts(config.previews.prompts, unet)
     if held_out is not None and recogniser is None and config.previews.face_models:
-        recogniser = InsightFaceRecogniser(config.previews.face_models)
+        recogniser = PackReader(face_pack(config.previews.face_models))
     return CheckedRun(
         plan=plan,
         held_out=held_out,
@@ -160,7 +162,7 @@ def check_data(config: TrainConfig, global_batch: int) -> Plan:
 def check_models(config: TrainConfig) -> None:
     """The models whose outputs are cached: their files hold what they should."""
     check_vae(config.model.vae_source)
-    check_image_encoder(config.encoder)
+    check_image_encoder(config.encoder.clip_model, config.encoder.clip_weights)
     if config.objective.reads_text:
         check_text_encoders(config.model.text_source)
 
@@ -187,7 +189,7 @@ def adapter_config(config: TrainConfig, dataset: Dataset, context_width: int) ->
     """What is recorded with the adapter."""
     encoder = config.encoder
     return AdapterConfig(
-        clip_width=clip_width(encoder),
+        clip_width=clip_width(encoder.clip_model),
         context_width=context_width,
         recogniser=dataset.info.recogniser,
         clip_model=encoder.clip_model.removesuffix("-quickgelu"),

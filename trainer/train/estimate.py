@@ -33,10 +33,10 @@ from ..config import TrainConfig
 from ..data_index import Dataset
 from ..errors import BusyError, DiskFullError
 from ..files import is_locked
+from ..models.image_encoder import clip_width
 from ..models.text import TOKENS
 from . import state as checkpoint
 from .checks import DTYPES, check_device, check_run
-from .features import clip_width
 from .memory import LESS_MEMORY
 from .objective import TrainingModel
 from .optimisers import state_bytes
@@ -127,7 +127,7 @@ def _check_disk(config: TrainConfig, dataset: Dataset, estimate: Estimate) -> in
     """Bytes that caches and checkpoints will need. Raises ``DiskFullError``."""
     data = config.data
     latent = LATENT_CHANNELS * (data.resolution // LATENT_STRIDE) ** 2
-    features = data.crops_per_photo * latent + CLIP_TOKENS * clip_width(config.encoder)
+    features = data.crops_per_photo * latent + CLIP_TOKENS * clip_width(config.encoder.clip_model)
     caches = 2 * features * len(dataset)
     weights = 4 * estimate.parameters * (1 + bool(config.optimiser.ema))
     kept = config.checkpoints.keep + 1 + bool(config.validation.every)
@@ -151,7 +151,7 @@ def estimate_memory(config: TrainConfig, unet: Any) -> Estimate:
     """Of a run with ``unet`` on the meta device."""
     options = config.optimiser
     recorded = AdapterConfig(
-        clip_width=clip_width(config.encoder),
+        clip_width=clip_width(config.encoder.clip_model),
         context_width=unet.config.cross_attention_dim,
         recogniser="any",
         clip_model="any",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from infinite_id_core.encoders.clip_vision import hidden_states
-from infinite_id_core.encoders.open_clip import (
-    OpenClipVision,
-    build_open_clip,
-    check_open_clip,
-    load_open_clip,
-)
-from infinite_id_core.errors import EncoderError, FileError
+from infinite_id_core.errors import FileError
 from infinite_id_core.faces.align import CROP_SIZE, align
-from infinite_id_core.packages import require
 
-from ..config import Encoder, TrainConfig
+from ..config import TrainConfig
 from ..data_index import Dataset, Row
 from ..errors import NotCachedError
-from ..files import sampled_sha256
+from ..models.image_encoder import clip_fingerprint, load_image_encoder
 from ..models.text import load_text_encoders, text_fingerprint
-from ..models.unet import MICROWORLD
 from ..models.vae import load_vae, vae_fingerprint
 from ..shards import SHARDS
 from .cache import PACK, FeatureCache, finite
@@ -46,55 +37,11 @@ Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 _CAPTIONS = 16  # encoded at a time
 
 
-# --- encoders --------------------------------------------------------------------------------
-
-
-def load_image_encoder(encoder: Encoder) -> OpenClipVision:
-    """E_clip of a configuration. Raises as ``load_open_clip``."""
-    if encoder.clip_model == MICROWORLD:
-        from microworld.image_encoder import config_and_weights
-
-        config, weights = config_and_weights()
-        return build_open_clip(config, weights, MICROWORLD)
-    return load_open_clip(encoder.clip_model, encoder.clip_weights)
-
-
-def check_image_encoder(encoder: Encoder) -> None:
-    """Find the encoder, with names and shapes, without reading its weights.
-
-    Raises as ``load_image_encoder``.
-    """
-    if encoder.clip_model != MICROWORLD:
-        check_open_clip(encoder.clip_model, encoder.clip_weights)
-
-
-def clip_width(encoder: Encoder) -> int:
-    """D, without reading any weights. Raises ``EncoderError``."""
-    if encoder.clip_model == MICROWORLD:
-        from microworld.config import OPEN_CLIP
-
-        return int(OPEN_CLIP["vision_cfg"]["width"])
-    open_clip = require("open_clip", "to read images with open_clip", "open_clip_torch")
-    config = open_clip.get_model_config(encoder.clip_model)
-    if config is None:
-        raise EncoderError(f"open_clip knows no model {encoder.clip_model!r}.")
-    return int(config["vision_cfg"]["width"])
-
-
-def clip_fingerprint(encoder: Encoder) -> str:
-    """Changes when the weights do. Raises ``FileMissingError``."""
-    if encoder.clip_model != MICROWORLD:
-        return f"{encoder.clip_model} {sampled_sha256(Path(encoder.clip_weights))}"
-    from microworld import files
-
-    return sampled_sha256(files.OPEN_CLIP)
-
-
 def fingerprints_of(config: TrainConfig) -> Fingerprints:
     """Of all models whose outputs are cached; no weights are loaded."""
     return Fingerprints(
         vae=vae_fingerprint(config.model.vae_source),
-        clip=clip_fingerprint(config.encoder),
+        clip=clip_fingerprint(config.encoder.clip_model, config.encoder.clip_weights),
         text=text_fingerprint(config.model.text_source) if config.objective.reads_text else "",
     )
 
@@ -246,7 +193,9 @@ def _compute_photos(
     if not jobs:
         return 0
     vae = load_vae(plan.config.model.vae_source) if any(job.crops for job in jobs) else None
-    clip = load_image_encoder(plan.config.encoder) if any(job.clip for job in jobs) else None
+    encoder, clip = plan.config.encoder, None
+    if any(job.clip for job in jobs):
+        clip = load_image_encoder(encoder.clip_model, encoder.clip_weights)
     if vae is not None:
         vae.module.to(device)
     if clip is not None:

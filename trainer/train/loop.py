@@ -15,10 +15,10 @@ from torch import Tensor
 
 from infinite_id_core.files.infinite_id_format import write_adapter
 from infinite_id_core.hosts.diffusers_train import identity_training
+from infinite_id_core.scores.score import FaceReader
 
 from ..config import TrainConfig
 from ..errors import NonFiniteError, disk_errors
-from ..likeness import Recogniser
 from ..models.text import TOKENS
 from . import state
 from .checks import DTYPES, check_run
@@ -58,7 +58,7 @@ def train(
     resume: str = "auto",
     *,
     changed: bool = False,
-    recogniser: Recogniser | None = None,
+    recogniser: FaceReader | None = None,
 ) -> Outcome:
     """Run or resume a training.
 
@@ -89,7 +89,7 @@ class _Trainer:
         processes: Processes,
         resume: str,
         changed: bool,
-        recogniser: Recogniser | None,
+        recogniser: FaceReader | None,
     ) -> None:
         self.config = config
         self.processes = processes
@@ -168,7 +168,7 @@ class _Trainer:
         self.previewer = self._previewer(checked.recogniser)
         self.validator = self._validator(checked.validation)
 
-    def _previewer(self, recogniser: Recogniser | None) -> Previewer | None:
+    def _previewer(self, recogniser: FaceReader | None) -> Previewer | None:
         if self.held_out is None:
             return None
         return Previewer(
@@ -335,7 +335,7 @@ class _Trainer:
     def _preview(self, step: int, log: RunLog) -> None:
         assert self.previewer is not None
         part = (self.processes.rank, self.processes.world)
-        mine = self.previewer.make(self.loaded.unet, self.average or self.adapter, part)
+        mine = self.previewer.make(self.average or self.adapter, part)
         previews: list[Preview] = self.processes.gather_objects(mine)
         log.pictures(step, [p.name for p in previews], [p.picture for p in previews])
         if self.processes.main:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
-from infinite_id_core.hosts.diffusers_sample import (
-    AppliedIdentity,
-    Prompt,
-    SamplingOptions,
-    sample,
-)
+from infinite_id_core.hosts.diffusers_sample import AppliedIdentity, Prompt, SamplingOptions
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.face_clip import CLIP_TOKENS, IdentityConfig, face_clip_identity
 from infinite_id_core.method.identity import Identity
-from infinite_id_core.sdxl.schedule import NoiseSchedule
+from infinite_id_core.scores.metrics import detected_only, zero_filled
+from infinite_id_core.scores.score import FaceReader
 
 from ..config import TrainConfig
-from ..likeness import InsightFaceRecogniser, Likeness, Recogniser, likeness
 from ..models.unet import LoadedUNet
 from ..models.vae import load_vae
+from ..painter import Painter
 from ..prompts import read_prompts
 from ..sheets import save_image
 from .draws import Purpose, generator
@@ -44,23 +39,19 @@ class Previewer:
         caches: Caches,
         loaded: LoadedUNet,
         device: torch.device,
-        recogniser: Recogniser | None = None,
+        recogniser: FaceReader | None = None,
     ) -> None:
-        """``recogniser`` None loads ``previews.face_models``, if given.
-
-        Raises what reading the prompts, the autoencoder and the face models raises.
-        """
+        """``recogniser`` None scores none. Raises what reading the prompts and the autoencoder
+        raises."""
         self.plan, self.keys, self.caches = held_out, keys, caches
         self.config: TrainConfig = held_out.config
         self.device = device
-        self.schedule: NoiseSchedule = loaded.schedule
-        self.vae = load_vae(self.config.model.vae_source)
+        self.painter = Painter(
+            loaded=loaded, vae=load_vae(self.config.model.vae_source), device=device
+        )
         self.prompts, self.negative = self._prompts(loaded)
-        options = self.config.previews
-        if recogniser is None and options.face_models:
-            recogniser = InsightFaceRecogniser(options.face_models)
         self.recogniser = recogniser
-        self.people = held_out.dataset.identities[: options.people]
+        self.people = held_out.dataset.identities[: self.config.previews.people]
 
     def _prompts(self, loaded: LoadedUNet) -> tuple[dict[str, Prompt], Prompt]:
         path = self.config.previews.prompts
@@ -74,12 +65,12 @@ class Previewer:
         )
         return {"identity stream alone": nothing}, nothing
 
-    def make(self, unet: Any, adapter: Adapter, part: tuple[int, int] = (0, 1)) -> list[Preview]:
+    def make(self, adapter: Adapter, part: tuple[int, int] = (0, 1)) -> list[Preview]:
         """This process's part of the previews. ``part``: (this process, how many)."""
         jobs = [(n, text) for n in range(len(self.people)) for text in self.prompts]
-        self.vae.module.to(self.device)
-        previews = [self._one(unet, adapter, n, text) for n, text in jobs[part[0] :: part[1]]]
-        self.vae.module.to("cpu")
+        self.painter.vae.module.to(self.device)
+        previews = [self._one(adapter, n, text) for n, text in jobs[part[0] :: part[1]]]
+        self.painter.vae.module.to("cpu")
         return previews
 
     def write_sheet(self, step: int, previews: Sequence[Preview]) -> Tensor:
@@ -100,28 +91,24 @@ class Previewer:
         save_image(sheet, Path(self.config.run.output) / "previews" / f"step-{step:08d}.png")
         return as_tensor(sheet)
 
-    def _one(self, unet: Any, adapter: Adapter, number: int, text: str) -> Preview:
+    def _one(self, adapter: Adapter, number: int, text: str) -> Preview:
         options = self.config.previews
         name = self.people[number]
         row_number = reference_row(self.plan.dataset, name)
         raw = torch.from_numpy(self.plan.dataset.face(row_number))
-        latents = sample(
-            unet,
-            [AppliedIdentity(adapter=adapter, identity=self._identity(name, row_number, raw))],
+        applied = AppliedIdentity(adapter=adapter, identity=self._identity(name, row_number, raw))
+        (picture,) = self.painter.paint(
             self.prompts[text],
             self.negative,
-            self._noise(number).to(self.device),
+            self._noise(number),
+            [applied],
             options=options.options,
             sampling=SamplingOptions(
                 steps=options.steps, guidance=options.guidance, scheduler=options.scheduler
             ),
-            schedule=self.schedule,
         )
-        picture = self.vae.decode(latents)[0].cpu()
-        cosine = None
-        if self.recogniser is not None:
-            score = likeness(self.recogniser, [picture.permute(1, 2, 0)], [raw])
-            cosine = score.cosines[0]
+        found = None if self.recogniser is None else self.recogniser.read(picture.permute(1, 2, 0))
+        cosine = None if found is None else float(cosine_similarity(found.embedding, raw, dim=0))
         return Preview(person=name, prompt=text, picture=picture, cosine=cosine)
 
     def _identity(self, name: str, row_number: int, raw: Tensor) -> Identity:
@@ -149,5 +136,12 @@ class Previewer:
 
 
 def scores(previews: Sequence[Preview]) -> dict[str, float]:
-    """Likeness over all previews, for the log."""
-    return Likeness(cosines=tuple(p.cosine for p in previews)).numbers()
+    """Likeness over all previews, for the log: the share of pictures with a face, the mean cosine
+    with 0 where there is none, and that of pictures with one."""
+    cosines = np.array([np.nan if p.cosine is None else p.cosine for p in previews])
+    found = detected_only(cosines)
+    values = {
+        "likeness/detected": len(found) / len(cosines),
+        "likeness/zero_filled": float(zero_filled(cosines).mean()),
+    }
+    return {**values, "likeness/detected_only": float(found.mean())} if len(found) else values
