@@ -10,7 +10,7 @@ import torch
 
 from microworld.comfy_models import unet_reference
 
-from ..core.test_layers import table
+from ..core.method.test_layers import table
 from .tiny_sdxl import UNET_CONFIG, conditioning, latent, tiny_model
 
 Depths = dict[str, Any]
