@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +27,7 @@ from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.files.atomic import replacing
 from infinite_id_core.files.identities import IDENTITY_FORMAT, IDENTITY_VERSION, read_identity
 from infinite_id_core.files.infinite_id_format import ADAPTER_FORMAT, ADAPTER_VERSION
+from infinite_id_core.files.pickled_tensors import check_shared, flat_tensors
 from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import json_object, save_tensors
 from infinite_id_core.files.stored_tensor import StoredTensor
@@ -36,7 +36,6 @@ from infinite_id_core.method.face_clip import IdentityConfig
 from infinite_id_core.method.records import AdapterConfig
 
 Kind = Literal["adapter", "identity", "ip-adapter", "model"]
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "identity")
 _PREFIXES = ("module.", "adapter.", "_orig_mod.")
 _IP_ADAPTER = {"image_proj_model.": "image_proj.", "adapter_modules.": "ip_adapter."}
 _FROZEN = ("unet.", "vae.", "text_encoder.", "optimizer.", "image_encoder.")
@@ -46,7 +45,6 @@ _MODELS = (  # a checkpoint's parts, or one of them alone
     "text_model.", "transformer.", "down_blocks.", "taesd_encoder.",
 )  # fmt: skip
 _TRAINING = ("model_ema.", "optimizer.", "optimizer_states.", "loss.")
-_MAX_TENSORS = 100_000
 _CONFIGS = {"adapter": AdapterConfig, "identity": IdentityConfig}
 _FORMATS = {
     "adapter": (ADAPTER_FORMAT, ADAPTER_VERSION),
@@ -118,7 +116,7 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None)
 def recognise(path: Path, values: Any, config: Mapping[str, Any]) -> Converted:
     """Which of the known kinds ``values`` is, by its names. Raises ``NotConvertibleError``."""
     own_config = _own_config(values)
-    tensors = _renamed(_flat(path, _unwrapped(values)))
+    tensors = _renamed(flat_tensors(path, values))
     kept = {name: t for name, t in tensors.items() if not name.startswith(_FROZEN)}
     kind = _kind_of(kept)
     if kind is None and any(name.startswith(_MODELS) for name in tensors):
@@ -133,21 +131,10 @@ def recognise(path: Path, values: Any, config: Mapping[str, Any]) -> Converted:
         )
     if kind == "ip-adapter":
         kept = {n: t for n, t in kept.items() if n.startswith(("image_proj.", "ip_adapter."))}
-    _check_size(path, kept)
+    check_shared(path, kept)
     merged = {**own_config, **config} if kind in _CONFIGS else {}
     _check_config(path, kind, merged)
     return Converted(kind=kind, tensors=kept, config=merged, left_behind=len(tensors) - len(kept))
-
-
-def _check_size(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Many views of one storage would make a small pickle a file without end."""
-    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    room = 2 * path.stat().st_size
-    if size > room:
-        raise NotConvertibleError(
-            path, f"would become {size} bytes of tensors, more than twice its own size: they "
-            "share their memory. Save it with a copy of each tensor."
-        )  # fmt: skip
 
 
 def _kind_of(tensors: Mapping[str, StoredTensor]) -> Kind | None:
@@ -159,49 +146,6 @@ def _kind_of(tensors: Mapping[str, StoredTensor]) -> Kind | None:
     if any(n.startswith("ip_adapter.") for n in names):
         return "ip-adapter"
     return None
-
-
-def _unwrapped(values: Any) -> Any:
-    for _ in range(8):  # a dictionary may hold itself
-        inner = (
-            [values[w] for w in _WRAPPERS if isinstance(values.get(w), Mapping)]
-            if isinstance(values, Mapping)
-            else []
-        )
-        if len(inner) != 1:
-            break
-        values = inner[0]
-    return values
-
-
-def _flat(path: Path, values: Any) -> dict[str, StoredTensor]:
-    """Tensors of nested dicts by their dotted names."""
-    result: dict[str, StoredTensor] = {}
-    seen = 0
-    waiting: list[tuple[str, Any, int]] = [("", values, 0)]
-    while waiting:
-        prefix, value, depth = waiting.pop()
-        seen += 1
-        if seen > _MAX_TENSORS or depth > 8:
-            # Few dictionaries that hold one another have more names than any file.
-            raise NotConvertibleError(
-                path, f"has dictionaries in one another without end, or more than {_MAX_TENSORS} "
-                "entries; expected names and tensors."
-            )  # fmt: skip
-        if isinstance(value, StoredTensor):
-            result[_printable(path, prefix.removesuffix("."))] = value
-        elif isinstance(value, Mapping):
-            entries = [(f"{prefix}{name}.", inner, depth + 1) for name, inner in value.items()]
-            waiting += reversed(entries)
-    return result
-
-
-def _printable(path: Path, name: str) -> str:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise NotConvertibleError(path, f"has a tensor of the name {name[:100]!r}.") from error
-    return name
 
 
 def _renamed(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ..errors import (
     WrongShapeError,
 )
 from .atomic import creating, replacing
-from .safetensors_file import FLOATS, Header, SafetensorsFile, json_object, save_tensors
+from .safetensors_file import FLOATS, Header, json_object, save_tensors
 from .system import writing
+from .tensor_file import TensorFile
 
 MAX_TENSORS = 4 * 2**30  # bytes; SDXL's adapter takes 1.4e9 in float32
 
@@ -99,19 +100,26 @@ def check_shapes(path: Path, found: Shapes, wanted: Shapes) -> None:
             )
 
 
-def check_sizes(file: SafetensorsFile) -> None:
-    """Types and the sum of sizes, before any tensor is read.
+def check_sizes(file: TensorFile, names: Collection[str] | None = None) -> None:
+    """Types and the sum of sizes of all tensors, or of those ``names``, before any is read.
 
     Raises ``WrongDtypeError``, ``FileTooLargeError``.
     """
-    for name, entry in file.header.tensors.items():
+    tensors = file.header.tensors
+    wanted = tensors if names is None else {name: tensors[name] for name in names}
+    for name, entry in wanted.items():
         if entry.dtype not in FLOATS:
             raise WrongDtypeError(file.path, f"{name} is {entry.dtype}; expected F16, BF16 or F32.")
-    size = sum(entry.end - entry.start for entry in file.header.tensors.values())
+    size = sum(entry.end - entry.start for entry in wanted.values())
     if size > MAX_TENSORS:
         raise FileTooLargeError(
             file.path, f"holds {size} bytes of tensors; expected at most {MAX_TENSORS}. It was not "
             "read."
+        )  # fmt: skip
+    if size > 2 * file.size:
+        raise FileTooLargeError(
+            file.path, f"would become {size} bytes of tensors, more than twice its own size: they "
+            "share their memory. It was not read. Save it with a copy of each tensor."
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from ..errors import (
     UnreadableError,
     UnsafePickleError,
 )
-from .system import open_regular, reading
+from .system import open_regular, reading, unchanged
 from .unpickler import Reader
 
 MAX_PICKLE = 2**23  # bytes without the tensors; each may become a hundred in memory
@@ -46,10 +46,11 @@ def open_pickle(path: str | Path) -> Iterator[Any]:
 
     Tensors can be read while the file is open. Raises ``UnsafePickleError`` for a pickle that
     asks for more, ``NotConvertibleError`` for tensors that are not dense,
-    ``UnknownFileError``, ``TruncatedFileError``, ``FileMissingError``, ``UnreadableError``.
+    ``UnknownFileError``, ``TruncatedFileError``, ``FileMissingError``, ``UnreadableError``, and
+    at the end ``FileChangedError`` where somebody wrote into the file meanwhile.
     """
     path = Path(path)
-    with open_regular(path) as file:
+    with open_regular(path) as file, unchanged(path, file):
         with _named(path), reading(path):
             start = file.read(16)
             if not start.startswith((_ZIP_MEMBER, b"\x80")):

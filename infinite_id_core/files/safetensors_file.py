@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..errors import (
-    FileChangedError,
     HeaderError,
     HeaderTooLargeError,
     NotFiniteError,
@@ -31,14 +30,14 @@ from ..errors import (
     UnreadableError,
     WrongDtypeError,
 )
-from .system import open_regular, reading
+from .system import open_regular, reading, unchanged
 
 MAX_HEADER = 16 * 2**20  # bytes; SDXL's 70 layers need 20 kB
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 2**63
-_PIECE = 2**22  # elements that are cast, checked and written at a time
+PIECE = 2**22  # elements that are cast, checked and written at a time
 
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -50,7 +49,7 @@ _NAMES = {
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, known) for name, known in _NAMES.items() if hasattr(torch, known)
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 
@@ -80,6 +79,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
+        self.size = os.fstat(file.fileno()).st_size
         self._file = file
         self.header, self._data = _read_header(path, file)
 
@@ -95,13 +95,13 @@ class SafetensorsFile:
         flat = self._empty(name, entry, dtype or own)
         with reading(self.path):
             self._file.seek(self._data + entry.start)
-            for start in range(0, len(flat), _PIECE):
-                part = flat[start : start + _PIECE]
+            for start in range(0, len(flat), PIECE):
+                part = flat[start : start + PIECE]
                 read = part if part.dtype == own else torch.empty(len(part), dtype=own)
                 self._fill(name, read)
                 if read is not part:
                     part.copy_(read)
-                if finite and not _finite(part):
+                if finite and not all_finite(part):
                     raise NotFiniteError(self.path, f"{name} holds NaN or infinity.")
         return flat.view(entry.shape)
 
@@ -112,10 +112,10 @@ class SafetensorsFile:
         count = math.prod(entry.shape)
         with reading(self.path):
             self._file.seek(self._data + entry.start)
-            for start in range(0, count, _PIECE):
-                part = torch.empty(min(_PIECE, count - start), dtype=own)
+            for start in range(0, count, PIECE):
+                part = torch.empty(min(PIECE, count - start), dtype=own)
                 self._fill(name, part)
-                if not _finite(part):
+                if not all_finite(part):
                     return False
         return True
 
@@ -163,17 +163,10 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
     and at the end ``FileChangedError`` where somebody wrote into the file meanwhile.
     """
     path = Path(path)
-    with open_regular(path) as file:
+    with open_regular(path) as file, unchanged(path, file):
         with reading(path):
-            before = os.fstat(file.fileno())
             opened = SafetensorsFile(path, file)
         yield opened
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise FileChangedError(
-            path, "was written to while it was read. Wait until the other program has finished, "
-            "and try again."
-        )  # fmt: skip
 
 
 def read_header(path: str | Path) -> Header:
@@ -185,12 +178,17 @@ def read_header(path: str | Path) -> Header:
         return file.header
 
 
+def is_pickle(start: bytes) -> bool:
+    """Whether a file with these first 9 bytes is a pickle, or the archive that torch makes."""
+    # A header of 640 bytes starts like a pickle, too; its JSON opens with a brace.
+    return start.startswith(PICKLES) and start[8:9] != b"{"
+
+
 def _read_header(path: Path, file: BufferedReader) -> tuple[Header, int]:
     """The header, and where the tensors' bytes begin."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
-    # A header of 640 bytes starts like a pickle, too; its JSON opens with a brace.
-    if start.startswith(PICKLES) and file.read(1) != b"{":
+    if is_pickle(start + file.read(1)):
         raise NotSafetensorsError(
             path,
             "is a pickle (or zip) whatever its name says, and was not opened. Convert it "
@@ -283,7 +281,8 @@ def json_object(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def _finite(part: Tensor) -> bool:
+def all_finite(part: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor of any type."""
     if not part.is_floating_point() and not part.is_complex():
         return True
     if part.dtype.itemsize == 1:  # torch knows no isfinite for eight bits
@@ -331,7 +330,7 @@ def save_tensors(
         tensor, kind = tensors[name], dtype or tensors[name].dtype
         end = position + math.prod(tensor.shape) * kind.itemsize
         entries[name] = {
-            "dtype": _DTYPE_NAMES[kind],
+            "dtype": DTYPE_NAMES[kind],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
@@ -355,8 +354,8 @@ def _save_one(
 ) -> None:
     tensor = source if isinstance(source, Tensor) else source.read()
     flat = tensor.detach().contiguous().view(-1)
-    for start in range(0, len(flat), _PIECE):
-        part = flat[start : start + _PIECE].to(device="cpu", dtype=dtype or flat.dtype)
-        if finite and not _finite(part):
+    for start in range(0, len(flat), PIECE):
+        part = flat[start : start + PIECE].to(device="cpu", dtype=dtype or flat.dtype)
+        if finite and not all_finite(part):
             raise NotFiniteError(path, f"not written: {name} holds NaN or infinity.")
         write(part.contiguous().view(torch.uint8).numpy().data)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import (
     DiskFullError,
+    FileChangedError,
     FileError,
     FileMissingError,
     FileTooLargeError,
@@ -62,6 +63,20 @@ def read_bytes(path: str | Path, limit: int = 2**31) -> bytes:
         if size > limit:
             raise FileTooLargeError(path, f"has {size} bytes; expected at most {limit}.")
         return file.read(size)
+
+
+@contextmanager
+def unchanged(path: Path, file: BufferedReader) -> Iterator[None]:
+    """Raise ``FileChangedError`` at the end where somebody wrote into an open file meanwhile."""
+    with reading(path):
+        before = os.fstat(file.fileno())
+    yield
+    after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise FileChangedError(
+            path, "was written to while it was read. Wait until the other program has finished, "
+            "and try again."
+        )  # fmt: skip
 
 
 @contextmanager

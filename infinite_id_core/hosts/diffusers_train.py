@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..method.adapter import Adapter, KeyValue, check_layers
+from ..method.adapter import Adapter, check_layers
 from ..method.attention import (
     IdentityTerm,
     StreamOptions,
     identity_attention,
     merged_cross_attention,
 )
+from ..method.layer_parts import KeyValue
 from .diffusers_unet import no_mask, processors, projected_out, sdpa, unet_layers
 
 # In training nothing aligns the identity's keys and values to a text's: there is none.

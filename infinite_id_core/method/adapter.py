@@ -1,4 +1,5 @@
-"""An adapter: a projector, and a K/V pair for every cross-attention layer (Eq. 4, 6)."""
+"""An adapter: a projector, a K/V pair for every cross-attention layer (Eq. 4, 6), and with some
+families a change of low rank of the UNet's attention."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FeatureError, ModelMismatchError
+from ..errors import FeatureError, IdentityMismatchError, ModelMismatchError
 from ..sdxl.layers import CrossAttentionLayer
-from .features import Reading, check_readings
+from .features import Feature, Reading, check_readings
 from .identity import Identity
+from .layer_parts import KeyValue, LowRank, LowRankShape, nest
 from .projectors import Mappers, Projector
 from .records import AdapterConfig, AdapterRecord
 
@@ -21,21 +23,8 @@ MakeProjector = Callable[[Any], Projector]
 """Makes a projector out of ``operations``."""
 
 
-class KeyValue(nn.Module):
-    """K'_id and V'_id projections of one cross-attention layer, without bias as SDXL's own."""
-
-    def __init__(self, context_width: int, width: int, operations: Any = nn) -> None:
-        super().__init__()
-        self.to_k = operations.Linear(context_width, width, bias=False)
-        self.to_v = operations.Linear(context_width, width, bias=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """c_id ``[B, M, C]`` -> K'_id, V'_id ``[B, M, width]``."""
-        return self.to_k(tokens), self.to_v(tokens)
-
-
 class Adapter(nn.Module):
-    """A projector's parts and K/V pairs; its ``state_dict`` has the names of the adapter's file.
+    """A projector's parts, K/V pairs and low-rank parts, by the names of its ``state_dict``.
 
     ``operations`` supplies ``Linear`` and ``LayerNorm`` (a host hands in classes that cast and
     offload its way; the default is ``torch.nn``).
@@ -47,8 +36,10 @@ class Adapter(nn.Module):
         make_projector: MakeProjector,
         widths: Mapping[str, int],
         operations: Any = nn,
+        low_rank: Mapping[str, LowRankShape] | None = None,
     ) -> None:
-        """``widths``: K/V width by canonical layer path (see ``layers.py``)."""
+        """``widths``: K/V width by canonical layer path (see ``layers.py``); ``low_rank``: see
+        ``low_rank_parts``."""
         super().__init__()
         self.config = config
         self.make_projector = make_projector
@@ -56,8 +47,9 @@ class Adapter(nn.Module):
         # In a tuple: not registered. Its parts are, so that no name grows a prefix.
         self._projector = (projector,)
         parts = dict(projector.named_children())
-        assert "layers" not in parts and not list(projector.parameters(recurse=False)), (
-            "a projector's weights lie in child modules of other names than 'layers'"
+        taken = {"layers", "low_rank"} & parts.keys()
+        assert not taken and not list(projector.parameters(recurse=False)), (
+            "a projector's weights lie in child modules of other names than 'layers', 'low_rank'"
         )
         for name, part in parts.items():
             self.add_module(name, part)
@@ -65,8 +57,14 @@ class Adapter(nn.Module):
         self._by_path: dict[str, KeyValue] = {}
         for path, width in widths.items():
             pair = KeyValue(config.context_width, width, operations)
-            _nest(self.layers, path, pair)
+            nest(self.layers, path, pair)
             self._by_path[path] = pair
+        self._low_rank: dict[str, LowRank] = {}
+        if low_rank:
+            self.low_rank = nn.Module()
+        for path, shape in (low_rank or {}).items():
+            self._low_rank[path] = LowRank(shape, operations)
+            nest(self.low_rank, path, self._low_rank[path])
 
     @property
     def projector(self) -> Projector:
@@ -88,6 +86,17 @@ class Adapter(nn.Module):
         """The K/V pair of one layer."""
         return self._by_path[path]
 
+    @property
+    def low_rank_parts(self) -> Mapping[str, LowRank]:
+        """Its change of the UNet's own attention (a FaceID file's LoRA); empty for most families.
+
+        By the layer that it changes: the canonical path of the transformer block, ``attn1`` or
+        ``attn2``, and ``to_q``, ``to_k``, ``to_v`` or ``to_out.0``. The adapter only carries it:
+        a host decides for which rows it acts, and how strongly. Those of ``attn2.to_k`` and
+        ``attn2.to_v`` are for the text, not for the identity's own K/V.
+        """
+        return self._low_rank
+
     def tokens(
         self,
         identity: Identity,
@@ -95,13 +104,14 @@ class Adapter(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """c_id of Eq. 4, all references side by side: ``[1, n * M, C]``.
+        """c_id of Eq. 4, of all references: ``[1, T, C]``.
 
         Computed where and in what the projector's weights are, or as ``device`` and ``dtype`` say.
         Raises ``IdentityMismatchError``, and ``FeatureError`` where it is not finite.
         """
-        read = {name: identity[name].read_as(wanted) for name, wanted in self.needs.items()}
-        return self._projected({n: feature.value for n, feature in read.items()}, device, dtype)
+        values = {name: feature.value for name, feature in self._read(identity).items()}
+        placed = self._placed(values, device, dtype)
+        return _finite(self.projector.of_person(placed, identity.weight), values)
 
     def null_tokens(
         self,
@@ -110,36 +120,48 @@ class Adapter(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """c_id of nobody, for guidance: ``[1, M, C]``. Else as ``tokens``.
-
-        One reference is enough: attention over copies of the same tokens equals attention over
-        one.
-        """
-        read = {name: identity[name].read_as(wanted) for name, wanted in self.needs.items()}
-        nobody = {n: feature.null_value() for n, feature in read.items()}
-        return self._projected(nobody, device, dtype)
+        """c_id of nobody, for guidance: ``[1, M, C]``. Else as ``tokens``."""
+        values = {
+            name: self._nobody(name, feature) for name, feature in self._read(identity).items()
+        }
+        placed = self._placed(values, device, dtype)
+        return _finite(self.projector.of_nobody(placed, identity.weight), values)
 
     def token_weight(self, identity: Identity) -> Tensor:
-        """Weight of each token of ``tokens``, ``[n * M]``: its reference's."""
-        return identity.weight.repeat_interleave(self.projector.tokens_per_reference)
+        """Weight of each token of ``tokens``, ``[T]``."""
+        return self.projector.token_weight(identity.weight)
 
-    def _projected(
+    def _read(self, identity: Identity) -> dict[str, Feature]:
+        return {name: identity.read_as(name, wanted) for name, wanted in self.needs.items()}
+
+    def _nobody(self, name: str, feature: Feature) -> Tensor:
+        """Nobody as one reference of a feature, as this family has it: ``[1, *shape]``."""
+        said = self.projector.nobody.get(name)
+        if said == "zeros":
+            return torch.zeros_like(feature.value[:1])
+        if said == "encoded" and feature.null is None:
+            raise IdentityMismatchError(
+                f"This adapter's guidance needs what {feature.reading.model} makes of an empty "
+                f"picture, and the identity was made without it ({name} has no null). Encode the "
+                "person again for this adapter."
+            )
+        return feature.null_value()
+
+    def check_nobody(self, identity: Identity) -> None:
+        """Raise ``IdentityMismatchError`` where the identity lacks what stands for nobody."""
+        for name, feature in self._read(identity).items():
+            self._nobody(name, feature)
+
+    def _placed(
         self,
-        features: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
         device: torch.device | None,
         dtype: torch.dtype | None,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         own = next(self.projector.parameters(), None)
         if own is not None:
             device, dtype = device or own.device, dtype or own.dtype
-        tokens: Tensor = self.projector(
-            {name: value.to(device=device, dtype=dtype) for name, value in features.items()}
-        )
-        assert tokens.shape[1] == self.projector.tokens_per_reference, "as the projector says"
-        # Tensors without data have nothing to look at.
-        if not tokens.is_meta and not bool(tokens.isfinite().all()):
-            raise FeatureError(_too_large(features))
-        return tokens.reshape(1, -1, tokens.shape[-1])
+        return {name: value.to(device=device, dtype=dtype) for name, value in values.items()}
 
     def copy_text_projections(self, text: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Start each K/V pair as a copy of the frozen text K/V (3.2): ``{path: (k, v)}``."""
@@ -166,7 +188,9 @@ def assembled(
     """
     with torch.device("meta"):
         # Frozen first: a tensor made in inference mode cannot become a trainable parameter.
-        adapter = Adapter(config, make_projector, _widths(tensors), operations)
+        adapter = Adapter(
+            config, make_projector, _widths(tensors), operations, _low_rank_shapes(tensors)
+        )
         adapter.requires_grad_(False)
     adapter.load_state_dict(dict(tensors), assign=True)
     return adapter.requires_grad_(False)
@@ -185,14 +209,16 @@ def infinite_id_adapter(
 def check_identity(adapter: Adapter, identity: Identity) -> None:
     """Raise ``IdentityMismatchError`` where identity and adapter come from other encoders.
 
-    A raw embedding fits an adapter that wants it normed.
+    A raw embedding fits an adapter that wants it normed, and a feature of another name fits where
+    it was read as the adapter reads it.
     """
-    found = {
-        name: feature.reading.towards(adapter.needs[name])
-        for name, feature in identity.features.items()
-        if name in adapter.needs
-    }
+    found = {}
+    for name, wanted in adapter.needs.items():
+        feature = identity.fitting(name, wanted)
+        if feature is not None:
+            found[name] = feature.reading.towards(wanted)
     check_readings("the adapter", adapter.needs, "the identity", found)
+    adapter.check_nobody(identity)
 
 
 def check_layers(
@@ -229,6 +255,14 @@ def _too_large(features: Mapping[str, Tensor]) -> str:
     )
 
 
+def _finite(tokens: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    """``tokens``. Raises ``FeatureError`` where they are not finite."""
+    # Tensors without data have nothing to look at.
+    if not tokens.is_meta and not bool(tokens.isfinite().all()):
+        raise FeatureError(_too_large(features))
+    return tokens
+
+
 def _widths(tensors: Mapping[str, Any]) -> dict[str, int]:
     widths = {}
     for name, tensor in tensors.items():
@@ -238,16 +272,14 @@ def _widths(tensors: Mapping[str, Any]) -> dict[str, int]:
     return widths
 
 
-def _nest(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Register ``leaf`` under a dotted path, so that state_dict keys spell the path out."""
-    *parents, last = path.split(".")
-    for name in parents:
-        child = root._modules.get(name)
-        if child is None:
-            child = nn.Module()
-            root.add_module(name, child)
-        root = child
-    root.add_module(last, leaf)
+def _low_rank_shapes(tensors: Mapping[str, Any]) -> dict[str, LowRankShape]:
+    shapes = {}
+    for name, down in tensors.items():
+        match = re.fullmatch(r"low_rank\.(.+)\.down\.weight", name)
+        if match:
+            up = tensors[f"low_rank.{match[1]}.up.weight"]
+            shapes[match[1]] = LowRankShape(int(down.shape[1]), int(down.shape[0]), len(up))
+    return shapes
 
 
 def _some(names: list[str], limit: int = 3) -> str:

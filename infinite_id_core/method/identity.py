@@ -47,6 +47,23 @@ class Identity:
             )
         return self.features[name]
 
+    def fitting(self, name: str, wanted: Reading) -> Feature | None:
+        """The feature ``name``; or, where it does not fit, another that was read as ``wanted``.
+
+        None where there is neither.
+        """
+        own = self.features.get(name)
+        found = [f for f in (own, *self.features.values()) if f is not None]
+        fits = (f for f in found if f.reading.towards(wanted) == wanted)
+        return next(fits, own)
+
+    def read_as(self, name: str, wanted: Reading) -> Feature:
+        """A feature as ``wanted`` reads it: that of this ``name``, else any that fits.
+
+        Raises ``IdentityMismatchError``.
+        """
+        return (self.fitting(name, wanted) or self[name]).read_as(wanted)
+
     @property
     def references(self) -> int:
         """Number of reference photos, n."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from .features import Reading
 from .records import AdapterConfig
 
 FACE_HIDDEN = 1024
+
+
+Nobody = Literal["zeros", "encoded"]
+"""What stands for nobody: zeros, or what the encoder makes of an empty picture."""
 
 
 class Projector(nn.Module, ABC):
@@ -28,10 +32,46 @@ class Projector(nn.Module, ABC):
     """The features it reads, by name, and how they must have been read."""
     tokens_per_reference: int
     """M: tokens that one reference becomes."""
+    nobody: Mapping[str, Nobody] = {}
+    """What this family was trained with as nobody, by feature; ``encoded`` lies in the feature
+    (``Feature.null``). Where nothing is said: the feature's null, or zeros where it has none."""
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """``[n, *shape]`` of each feature it needs -> tokens ``[n, M, C]``."""
+        """``[n, *shape]`` of each feature it needs -> ``[n, M, C]``, each reference by itself."""
+
+    def of_person(self, features: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """c_id of one person of n references with ``weight [n]``: ``[1, T, C]``.
+
+        Here the references' tokens side by side, T = n * M, whose weight is not yet in them.
+        """
+        tokens: Tensor = self(features)
+        assert tokens.shape[1] == self.tokens_per_reference, "as the projector says"
+        return tokens.flatten(0, 1)[None]
+
+    def of_nobody(self, features: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """c_id of nobody beside a person of ``weight [n]``: ``[1, T, C]``.
+
+        ``features``: nobody as one reference. One is enough here: attention over copies of the
+        same tokens equals attention over one.
+        """
+        return self.of_person(features, torch.ones_like(weight[:1]))
+
+    def token_weight(self, weight: Tensor) -> Tensor:
+        """How much each of ``of_person``'s tokens counts, ``[T]``: here as its reference."""
+        return weight.repeat_interleave(self.tokens_per_reference)
+
+
+class JointProjector(Projector):
+    """All references go through one pass and share its M tokens, T = M; their weight acts in it."""
+
+    @abstractmethod
+    def of_person(self, features: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """See ``Projector``; a reference of weight 2 counts as two copies."""
+
+    def token_weight(self, weight: Tensor) -> Tensor:
+        """All alike: none belongs to one reference."""
+        return weight.new_ones(self.tokens_per_reference)
 
 
 class Mapper(nn.Module):
