@@ -6,8 +6,11 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import EncoderError
+from ..faces.pixels import to_rgb
 from ..method.face_clip import CLIP_TOKENS, ClipLayer
 
 # CLIP's preprocessing, the same in open_clip, transformers and ComfyUI.
@@ -22,7 +26,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SIZE = 224  # pixels
 
-_BATCH = 16  # crops encoded at a time: bounds memory for a hundred faces
+_BATCH = 16  # pictures encoded at a time: bounds memory for a hundred faces
 
 
 class ClipVision(Protocol):
@@ -77,20 +81,45 @@ def preprocess(
     return (planes - planes.new_tensor(mean).view(shape)) / planes.new_tensor(std).view(shape)
 
 
-def hidden_states(clip_vision: ClipVision, crops: Sequence[Tensor], layer: ClipLayer) -> Tensor:
-    """E_clip of crops ``[S, S, 3]``: ``[n, 257, D]`` float32 on the CPU.
+def hidden_states(clip_vision: ClipVision, pictures: Sequence[Tensor], layer: ClipLayer) -> Tensor:
+    """E_clip of pictures ``[H, W, 3]`` of any sizes: ``[n, 257, D]`` float32 on the CPU.
 
     ``layer``: after the last block, or one before; no final norm in either. Raises
     ``EncoderError`` for an encoder of another kind, or where it gives NaN.
     """
-    parts = []
-    for start in range(0, len(crops), _BATCH):
-        images = torch.stack([crop[..., :3].float() for crop in crops[start : start + _BATCH]])
-        parts.append(_states(clip_vision.encode_image(images), layer, images.shape[0]))
-    return torch.cat(parts)
+    read = partial(_states, layer=layer)
+    return torch.cat([read(*encoded) for encoded in _encoded(clip_vision, pictures)])
 
 
-def _states(output: Any, layer: ClipLayer, count: int) -> Tensor:
+def image_embeddings(clip_vision: ClipVision, pictures: Sequence[Tensor]) -> Tensor:
+    """The projected class token of pictures of any sizes: ``[n, E]`` float32 on the CPU.
+
+    Raises ``EncoderError`` for an encoder without projected embeddings, or where it gives NaN.
+    """
+    return torch.cat([_embeds(*encoded) for encoded in _encoded(clip_vision, pictures)])
+
+
+def empty_states(clip_vision: ClipVision, layer: ClipLayer) -> Tensor:
+    """What the encoder makes of zeros after normalisation, IP-Adapter's nobody: ``[1, 257, D]``.
+
+    A black picture, to an encoder that takes off a mean of zero.
+    """
+    encoder: Any = copy.copy(clip_vision)
+    encoder.image_mean = (0.0, 0.0, 0.0)  # as ComfyUI's encoders and ours call it
+    size = getattr(clip_vision, "image_size", IMAGE_SIZE)
+    return hidden_states(encoder, [torch.zeros(size, size, 3)], layer)
+
+
+def _encoded(clip_vision: ClipVision, pictures: Sequence[Tensor]) -> Iterator[tuple[Any, int]]:
+    """What the encoder gives for pictures of one size after another, and how many they are."""
+    for _, alike in itertools.groupby(pictures, key=lambda picture: picture.shape):
+        some = list(alike)
+        for start in range(0, len(some), _BATCH):
+            images = torch.stack([to_rgb(picture) for picture in some[start : start + _BATCH]])
+            yield clip_vision.encode_image(images), len(images)
+
+
+def _states(output: Any, count: int, layer: ClipLayer) -> Tensor:
     name = "last_hidden_state" if layer == "last" else "penultimate_hidden_states"
     states = getattr(output, name, None)
     if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[0] != count:
@@ -112,3 +141,17 @@ def _states(output: Any, layer: ClipLayer, count: int) -> Tensor:
             "too small for it (start ComfyUI with --fp32-text-enc)."
         )
     return states
+
+
+def _embeds(output: Any, count: int) -> Tensor:
+    embeds = getattr(output, "image_embeds", None)
+    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[0] != count:
+        found = "nothing" if embeds is None else f"{getattr(embeds, 'shape', type(embeds))}"
+        raise EncoderError(
+            f"Expected image_embeds [{count}, width] from CLIP_VISION, got {found}. CLIP scores "
+            "need a CLIP model with its projection, such as ViT-H-14."
+        )
+    embeds = embeds.detach().to(device="cpu", dtype=torch.float32)
+    if not bool(embeds.isfinite().all()):
+        raise EncoderError("The image encoder gives NaN or infinity: its file is damaged.")
+    return embeds

@@ -75,8 +75,8 @@ def encode_faces(
     options = options or EncodeOptions()
     if not faces:
         raise OptionError("At least one face is needed, got none. Connect Align Face.")
-    _check_recognisers(faces)
-    weights = _weights(options, len(faces))
+    check_recognisers(faces)
+    weights = checked_weights(options.weights, len(faces))
     clip = hidden_states(clip_vision, [face.crop for face in faces], options.clip_layer)
     identity = face_clip_identity(
         face=torch.stack([face_embedding(face, options.embedding) for face in faces]),
@@ -92,7 +92,8 @@ def encode_faces(
     return average(identity) if options.combine == "average" else identity
 
 
-def _check_recognisers(faces: Sequence[AlignedFace]) -> None:
+def check_recognisers(faces: Sequence[AlignedFace]) -> None:
+    """Raise ``IdentityMismatchError`` where faces were read by different recognisers."""
     for other in faces[1:]:
         check_match(
             "face 0", {"recogniser": faces[0].recogniser},
@@ -100,8 +101,10 @@ def _check_recognisers(faces: Sequence[AlignedFace]) -> None:
         )  # fmt: skip
 
 
-def _weights(options: EncodeOptions, count: int) -> tuple[float, ...]:
-    weights = options.weights or (1.0,) * count
+def checked_weights(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """One for each of ``count`` references; all alike where none is given. Raises
+    ``OptionError``."""
+    weights = weights or (1.0,) * count
     if len(weights) != count:
         raise OptionError(
             f"Expected {count} weights, one for each face, got {len(weights)}: "

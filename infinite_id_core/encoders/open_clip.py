@@ -62,7 +62,9 @@ class OpenClipVision:
     def encode_image(self, image: Tensor, crop: bool = True) -> EncodedImages:
         """``[B, H, W, 3 or 4]`` in [0, 1] -> hidden states and embeds, float32."""
         device = self.place()
-        pixels = preprocess(image.to(device), self.image_size, crop=crop)
+        pixels = preprocess(
+            image.to(device), self.image_size, self.image_mean, self.image_std, crop
+        )
         with _float32_blocks(self.model):
             out = self.model.forward_intermediates(  # type: ignore[operator]
                 pixels, indices=2, output_fmt="NLC", output_extra_tokens=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .face_clip import CLIP_TOKENS, FACE, FACE_WIDTH
 from .features import NORMED, RAW, Reading
 
+PROJECTED = "projected"
 POOLED = "pooled"
 """The image encoder's projected class token."""
 EVA, EVA_LEVELS = "eva", "eva_levels"
@@ -14,8 +15,8 @@ VIT_H, VIT_BIGG = "ViT-H-14", "ViT-bigG-14"
 EVA_CLIP = "EVA02-L-14-336"
 BUFFALO, ANTELOPE = "buffalo_l/w600k_r50", "antelopev2/glintr100"
 
-FACE_CUT = ""
-"""As Align Face cuts a face."""
+ARCFACE = "arcface"
+"""The face upright, as tightly as a recogniser is given it (insightface's ``norm_crop``)."""
 WHOLE = "whole picture"
 PULID_CUT = "pulid"
 """PuLID's own: a larger crop, of which only the face, in colour, and the rest in grey is kept."""
@@ -42,7 +43,7 @@ def states_reading(encoder: str, width: int, cut: str) -> Reading:
 
 def pooled_reading(encoder: str, width: int, cut: str) -> Reading:
     """The class token after the final norm and the projection to the texts' space."""
-    return Reading(model=encoder, output="projected", shape=(width,), cut=cut)
+    return Reading(model=encoder, output=PROJECTED, shape=(width,), cut=cut)
 
 
 def pulid_readings(recogniser: str, eva_width: int, level_width: int) -> dict[str, Reading]:

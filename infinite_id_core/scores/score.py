@@ -6,7 +6,6 @@ read, in references as in generated pictures.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,19 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders.clip_vision import ClipVision
+from ..encoders.clip_vision import ClipVision, image_embeddings
 from ..errors import EncoderError, NoFaceError, OptionError
 from ..faces.align import align, read_face
 from ..faces.detect import detect_faces
 from ..faces.find import no_face_message
 from ..faces.pack import recogniser_name
-from ..faces.pixels import check_batch, to_rgb
+from ..faces.pixels import check_batch
 from ..method.face_clip import FACE
 from ..method.identity import Identity, check_match
 from .metrics import Scores, clip_i, clip_t, cosine, zero_filled
-
-_BATCH = 16  # pictures encoded at a time
-
 
 # --- E_face ----------------------------------------------------------------------------------
 
@@ -73,33 +69,6 @@ class PackReader:
 
 
 # --- E_clip and E_text -----------------------------------------------------------------------
-
-
-def image_embeddings(clip_vision: ClipVision, pictures: Sequence[Tensor]) -> Tensor:
-    """E_clip of pictures of any sizes: ``[n, E]`` float32 on the CPU.
-
-    Raises ``EncoderError`` for an encoder without projected embeddings, or where it gives NaN.
-    """
-    parts = []
-    for _, alike in itertools.groupby(pictures, key=lambda picture: picture.shape):
-        for some in _chunks(list(alike), _BATCH):
-            images = torch.stack([to_rgb(picture) for picture in some])
-            parts.append(_embeds(clip_vision.encode_image(images), len(some)))
-    return torch.cat(parts)
-
-
-def _embeds(output: Any, count: int) -> Tensor:
-    embeds = getattr(output, "image_embeds", None)
-    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or embeds.shape[0] != count:
-        found = "nothing" if embeds is None else f"{getattr(embeds, 'shape', type(embeds))}"
-        raise EncoderError(
-            f"Expected image_embeds [{count}, width] from CLIP_VISION, got {found}. CLIP scores "
-            "need a CLIP model with its projection, such as ViT-H-14."
-        )
-    embeds = embeds.detach().to(device="cpu", dtype=torch.float32)
-    if not bool(embeds.isfinite().all()):
-        raise EncoderError("The image encoder gives NaN or infinity: its file is damaged.")
-    return embeds
 
 
 def text_embeddings(clip_vision: ClipVision, texts: Sequence[str]) -> Tensor:
@@ -282,7 +251,3 @@ def _crop_scores(
 
 def _cell(score: float) -> str:
     return "-" if np.isnan(score) else f"{score:.3f}"
-
-
-def _chunks(things: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    return (things[start : start + size] for start in range(0, len(things), size))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infinite_id_core.encoders.clip_vision import ClipVision
+from infinite_id_core.encoders.clip_vision import ClipVision, image_embeddings
 from infinite_id_core.errors import NoFaceError
 from infinite_id_core.scores.metrics import (
     Population,
@@ -25,7 +25,7 @@ from infinite_id_core.scores.metrics import (
     m_face,
     population_of,
 )
-from infinite_id_core.scores.score import FaceReader, image_embeddings, mean_cosine, text_embeddings
+from infinite_id_core.scores.score import FaceReader, mean_cosine, text_embeddings
 
 from ..errors import NoPicturesError
 from ..photos import read_photo, read_reference

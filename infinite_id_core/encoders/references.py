@@ -1,0 +1,175 @@
+"""Reference photos to the features that adapters need: each is read once, whoever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import EncoderError, OptionError
+from ..faces.align import CROP_SIZE, AlignedFace, align
+from ..method.adapter import Adapter
+from ..method.face_clip import CLIP_LAYER, FACE_WIDTH
+from ..method.features import NORMED, RAW, Feature, Reading
+from ..method.identity import Identity, average
+from ..method.published import ARCFACE, EVA_CLIP, PROJECTED, WHOLE
+from .clip_vision import ClipVision, empty_states, hidden_states, image_embeddings
+from .encode import Combine, check_recognisers, checked_weights
+from .named import encoder_name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """One photo of a person."""
+
+    photo: Tensor
+    """``[H, W, C]`` in [0, 1]"""
+    face: AlignedFace | None = None
+    """The person's; None where no adapter needs one."""
+
+
+def needs_face(adapters: Sequence[Adapter]) -> bool:
+    """Whether any of them reads a face, or the picture of one."""
+    readings = (reading for adapter in adapters for reading in adapter.needs.values())
+    return any(reading.cut != WHOLE for reading in readings)
+
+
+def needs_image_encoder(adapters: Sequence[Adapter]) -> bool:
+    """Whether any of them reads more than a face embedding."""
+    readings = (reading for adapter in adapters for reading in adapter.needs.values())
+    return any(not _is_face(reading) for reading in readings)
+
+
+def read_references(
+    references: Sequence[Reference],
+    adapters: Sequence[Adapter],
+    clip_vision: ClipVision | None,
+    *,
+    combine: Combine = "stack",
+    weights: tuple[float, ...] = (),
+    name: str = "",
+) -> Identity:
+    """One person, with all that ``adapters`` read of them.
+
+    Face embeddings are kept raw: normed follows. Raises ``OptionError``, ``EncoderError`` for an
+    image encoder that is not the wanted one, ``IdentityMismatchError``.
+    """
+    if not references:
+        raise OptionError("At least one reference photo is needed, got none.")
+    check_recognisers([r.face for r in references if r.face is not None])
+    features: dict[str, Feature] = {}
+    for wanted, reading, empty in _distinct(adapters):
+        feature = _face(references) if _is_face(reading) else None
+        feature = feature or _picture(references, reading, clip_vision, empty)
+        features[_free(wanted, features)] = feature
+    identity = Identity(
+        features=features,
+        weight=torch.tensor(checked_weights(weights, len(references)), dtype=torch.float32),
+        name=name,
+    )
+    return average(identity) if combine == "average" else identity
+
+
+def _distinct(adapters: Sequence[Adapter]) -> Iterator[tuple[str, Reading, bool]]:
+    """What is to be read, once each: name, reading, and whether nobody is to be encoded, too."""
+    found: dict[Reading, tuple[str, bool]] = {}
+    for adapter in adapters:
+        for name, reading in adapter.needs.items():
+            if _is_face(reading):
+                reading = replace(reading, output=RAW)
+            known, empty = found.get(reading, (name, False))
+            empty = empty or adapter.projector.nobody.get(name) == "encoded"
+            found[reading] = (known, empty)
+    for reading, (name, empty) in found.items():
+        yield name, reading, empty
+
+
+def _free(name: str, taken: Mapping[str, object]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free
+
+
+def _is_face(reading: Reading) -> bool:
+    return (
+        reading.output in (NORMED, RAW)
+        and reading.shape == (FACE_WIDTH,)
+        and reading.model != EVA_CLIP
+    )
+
+
+def _face(references: Sequence[Reference]) -> Feature:
+    faces = [_face_of(reference) for reference in references]
+    return Feature(
+        reading=Reading(model=faces[0].recogniser, output=RAW, shape=(FACE_WIDTH,)),
+        value=torch.stack([face.embedding.float() for face in faces]),
+    )
+
+
+def _picture(
+    references: Sequence[Reference],
+    reading: Reading,
+    clip_vision: ClipVision | None,
+    empty: bool,
+) -> Feature:
+    if reading.model == EVA_CLIP:
+        raise EncoderError(
+            f"This adapter reads {EVA_CLIP}, PuLID's image encoder, which cannot be loaded here "
+            "yet. Use an identity file that has it, or an adapter of another family."
+        )
+    if clip_vision is None:
+        raise EncoderError(
+            f"This adapter reads the image encoder {reading.model}. Connect Load CLIP Vision with "
+            "its file."
+        )
+    layer = next((layer for layer in CLIP_LAYER if layer == reading.output), None)
+    if layer is None and reading.output != PROJECTED:
+        raise EncoderError(f"No image encoder here gives {reading.output!r} of {reading.model}.")
+    pictures = [_cut(reference, reading.cut) for reference in references]
+    if layer is None:
+        value = image_embeddings(clip_vision, pictures)
+    else:
+        value = hidden_states(clip_vision, pictures, layer)
+    read = replace(
+        reading,
+        model=encoder_name(clip_vision, value.shape[-1]),
+        shape=tuple(value.shape[1:]),
+    )
+    if read != reading:
+        raise EncoderError(
+            f"This adapter reads {reading.model} ({reading.output}, {list(reading.shape)}), and "
+            f"the image encoder given is {read.model} ({list(read.shape)}). Load "
+            f"{_FILES.get(reading.model, reading.model)}."
+        )
+    null = empty_states(clip_vision, layer)[0] if empty and layer is not None else None
+    return Feature(reading=read, value=value, null=null)
+
+
+_FILES = {
+    "ViT-H-14": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors (models/clip_vision)",
+    "ViT-bigG-14": "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors (models/clip_vision)",
+}
+
+
+def _cut(reference: Reference, cut: str) -> Tensor:
+    """What the image encoder is to see."""
+    if cut == WHOLE:
+        return reference.photo
+    face = _face_of(reference)
+    if cut == ARCFACE:
+        return align(reference.photo, face.detected.landmarks, CROP_SIZE, 0.0)
+    if cut:
+        raise EncoderError(f"No way of cutting a face is called {cut!r} here.")
+    return face.crop
+
+
+def _face_of(reference: Reference) -> AlignedFace:
+    if reference.face is None:
+        raise EncoderError(
+            "This adapter reads a face, and none was looked for in the photo. Connect face models."
+        )
+    return reference.face
