@@ -103,6 +103,10 @@ class WrongFormatError(FileError):
     """A sound safetensors file that is not of the wanted kind."""
 
 
+class OtherFamilyError(WrongFormatError):
+    """A file that is known by name and is no adapter for SDXL that can be used here."""
+
+
 class NewerVersionError(FileError):
     """Written by a newer version of this project."""
 

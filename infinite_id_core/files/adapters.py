@@ -7,11 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import WrongFormatError
+from ..errors import OtherFamilyError, WrongFormatError
 from ..method.adapter import Adapter
+from .adapter_options import AdapterOptions
 from .checked import what_it_is
 from .infinite_id_format import InfiniteIdFormat
-from .safetensors_file import Header, SafetensorsFile, open_safetensors
+from .published.families import PUBLISHED, refusal_of
+from .safetensors_file import Header
+from .tensor_file import TensorFile, open_tensors
 
 
 class AdapterFormat(Protocol):
@@ -23,34 +26,52 @@ class AdapterFormat(Protocol):
     def recognises(self, header: Header) -> bool:
         """Whether a file with this header is of this kind, sound or not."""
 
-    def build(self, file: SafetensorsFile, operations: Any = torch.nn) -> Adapter:
+    def build(
+        self, file: TensorFile, operations: Any = torch.nn, options: AdapterOptions | None = None
+    ) -> Adapter:
         """The adapter of an open file, checked before any tensor is read.
 
         It holds the tensors that were read (no copy). Raises subclasses of ``FileError``.
         """
 
 
-FORMATS: tuple[AdapterFormat, ...] = (InfiniteIdFormat(),)
+FORMATS: tuple[AdapterFormat, ...] = (InfiniteIdFormat(), *PUBLISHED)
+
+
+_CONVERT = (
+    " It looks like an adapter of this project without its metadata: 'python -m trainer convert' "
+    "adds them."
+)
 
 
 def format_of(path: Path, header: Header) -> AdapterFormat:
-    """The first format that recognises a file. Raises ``WrongFormatError``."""
+    """The first format that recognises a file.
+
+    Raises ``OtherFamilyError`` where it is known as something else, else ``WrongFormatError``.
+    """
     for known in FORMATS:
         if known.recognises(header):
             return known
+    problem = refusal_of(header)
+    if problem is not None:
+        raise OtherFamilyError(path, problem)
     families = ", ".join(known.family for known in FORMATS)
+    advice = _CONVERT * any(name.startswith("clip_mapper.") for name in header.tensors)
     raise WrongFormatError(
         path, f"expected an adapter of one of these families: {families}. As metadata format it "
-        f"{what_it_is(header)}."
+        f"{what_it_is(header)}.{advice}"
     )  # fmt: skip
 
 
-def read_adapter(path: str | Path, operations: Any = torch.nn) -> Adapter:
-    """Read an adapter file into a CPU module of the file's own dtype.
+def read_adapter(
+    path: str | Path, operations: Any = torch.nn, options: AdapterOptions | None = None
+) -> Adapter:
+    """Read an adapter file, safetensors or pickle, into a CPU module of the file's own dtype.
 
-    ``operations`` supplies its layers. Raises a subclass of ``FileError``; nothing is loaded from
-    a file that fails any check.
+    ``operations`` supplies its layers; ``options`` says what a published file does not. Raises a
+    subclass of ``FileError``; nothing is loaded from a file that fails any check, and nothing of
+    a pickle runs.
     """
     path = Path(path)
-    with open_safetensors(path) as file:
-        return format_of(path, file.header).build(file, operations)
+    with open_tensors(path) as file:
+        return format_of(path, file.header).build(file, operations, options)

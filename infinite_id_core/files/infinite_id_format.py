@@ -15,6 +15,7 @@ from ..errors import ConfigError, MissingTensorError, NotWrittenError, OptionErr
 from ..method.adapter import Adapter, assembled
 from ..method.projectors import FACE_HIDDEN, Mappers
 from ..method.records import AdapterConfig
+from .adapter_options import AdapterOptions
 from .checked import (
     Shapes,
     check_format,
@@ -25,7 +26,8 @@ from .checked import (
     version_of,
     write_checked,
 )
-from .safetensors_file import Header, SafetensorsFile
+from .safetensors_file import Header
+from .tensor_file import TensorFile
 
 ADAPTER_FORMAT = "infinite-id-adapter"
 ADAPTER_VERSION = 1
@@ -46,9 +48,11 @@ class InfiniteIdFormat:
         """By the format that the metadata name."""
         return header.metadata.get("format") == ADAPTER_FORMAT
 
-    def build(self, file: SafetensorsFile, operations: Any = torch.nn) -> Adapter:
+    def build(
+        self, file: TensorFile, operations: Any = torch.nn, options: AdapterOptions | None = None
+    ) -> Adapter:
         """An adapter of the file's own type. Raises subclasses of ``FileError``; nothing is read
-        from a file that fails any check."""
+        from a file that fails any check. It says all by itself and takes no ``options``."""
         path, header = file.path, file.header
         check_format(path, header, ADAPTER_FORMAT)
         version_of(path, header, ADAPTER_VERSION)

@@ -33,6 +33,11 @@ class AdapterRecord:
         """Plain values for a file's metadata."""
         return asdict(self)
 
+    @property
+    def summary(self) -> str:
+        """What it is and what it reads, a line each, for people."""
+        return "an adapter"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(AdapterRecord):
@@ -57,6 +62,14 @@ class AdapterConfig(AdapterRecord):
         check_choices(self.embedding, self.clip_layer)
 
     @property
+    def summary(self) -> str:
+        """See ``AdapterRecord``."""
+        return (
+            f"Infinite-ID\nimage encoder: {self.clip_model}, {self.clip_layer} hidden states\n"
+            f"recogniser: {self.recogniser}, {self.embedding}"
+        )
+
+    @property
     def needs(self) -> dict[str, Reading]:
         """How the two features must have been read."""
         return face_clip_readings(
@@ -72,6 +85,35 @@ class AdapterConfig(AdapterRecord):
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """Inverse of ``to_json``. Raises ``OptionError`` naming what is wrong."""
         return cast(AdapterConfig, record_from_json(cls, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRecord(AdapterRecord):
+    """What is known of a published adapter, out of its contents."""
+
+    family: str
+    """As people call it, e.g. ``IP-Adapter FaceID plus v2``."""
+    encoder: str = ""
+    """The image encoder it reads and which output of it, in words; empty: none."""
+    recogniser: str = ""
+    """The face recogniser, likewise."""
+    crop: str = ""
+    """What the image encoder sees: the face, or the whole picture."""
+    assumed: tuple[str, ...] = ()
+    """What the file does not say and was taken as usual, in words."""
+    left_out: tuple[str, ...] = ()
+    """Groups of the file that were not read."""
+
+    @property
+    def summary(self) -> str:
+        """See ``AdapterRecord``."""
+        lines = {
+            "image encoder": self.encoder, "recogniser": self.recogniser, "crop": self.crop,
+            "assumed": "; ".join(self.assumed), "not read": ", ".join(self.left_out),
+        }  # fmt: skip
+        return "\n".join(
+            [self.family, *(f"{name}: {text}" for name, text in lines.items() if text)]
+        )
 
 
 def check_width(name: str, width: int) -> None:

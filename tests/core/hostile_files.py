@@ -220,13 +220,18 @@ def first(file: File) -> str:
 
 # --- not safetensors at all ------------------------------------------------------------------
 
+IDENTITIES = ("identity", "features")
+"""Adapters are read out of pickles of tensors, too."""
+
 for protocol in range(6):
     # Protocols 0 and 1 have no magic bytes: their text reads as an absurd header length.
     error = "NotSafetensorsError" if protocol >= 2 else "HeaderTooLargeError"
+    of_adapters = "UnsafePickleError" if protocol >= 2 else error
+    for kinds, named in ((IDENTITIES, error), (("adapter",), of_adapters)):
 
-    @threat(f"pickle, protocol {protocol}", error)
-    def _(file: File, harm: Path, protocol: int = protocol) -> bytes:
-        return pickle.dumps({"state_dict": Harm(harm)}, protocol=protocol)
+        @threat(f"pickle, protocol {protocol}, {kinds[0]}", named, kinds)
+        def _(file: File, harm: Path, protocol: int = protocol) -> bytes:
+            return pickle.dumps({"state_dict": Harm(harm)}, protocol=protocol)
 
 
 def _torch(harm: Path, zipped: bool) -> bytes:
@@ -237,9 +242,14 @@ def _torch(harm: Path, zipped: bool) -> bytes:
     return out.getvalue()
 
 
-threat("torch zip", "NotSafetensorsError")(lambda file, harm: _torch(harm, True))
-threat("torch legacy", "NotSafetensorsError")(lambda file, harm: _torch(harm, False))
-threat("tiny pickle", "NotSafetensorsError")(lambda file, harm: pickle.dumps(None, protocol=4))
+for kinds, harmful, tiny in (
+    (IDENTITIES, "NotSafetensorsError", "NotSafetensorsError"),
+    (("adapter",), "UnsafePickleError", "NotConvertibleError"),
+):
+    kind = kinds[0]
+    threat(f"torch zip, {kind}", harmful, kinds)(lambda file, harm: _torch(harm, True))
+    threat(f"torch legacy, {kind}", harmful, kinds)(lambda file, harm: _torch(harm, False))
+    threat(f"tiny pickle, {kind}", tiny, kinds)(lambda file, harm: pickle.dumps(None, protocol=4))
 threat("web page", "HeaderTooLargeError")(lambda file, harm: b"<!DOCTYPE html><html>404</html>")
 threat("git-lfs pointer", "HeaderTooLargeError")(
     lambda file, harm: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -16,6 +16,7 @@ ROOMS = (
     "infinite_id_core.sdxl",
     "infinite_id_core.method",
     "infinite_id_core.files",
+    "infinite_id_core.files.published",
     "infinite_id_core.faces",
     "infinite_id_core.encoders",
     "infinite_id_core.scores",

@@ -1,0 +1,1 @@
+"""Published adapters: IP-Adapter, FaceID, InstantID, PuLID. Recognised by contents alone."""
