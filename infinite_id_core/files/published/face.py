@@ -9,7 +9,7 @@ from pathlib import Path
 from ...method.face_clip import CLIP, FACE, FACE_WIDTH
 from ...method.features import NORMED, Reading
 from ...method.ip_adapter import FaceSizes, FaceStateTokens, FaceTokens
-from ...method.published import ANTELOPE, BUFFALO, FACE_CUT, WHOLE, face_reading
+from ...method.published import ANTELOPE, ARCFACE, BUFFALO, WHOLE, face_reading
 from ...method.records import PublishedRecord
 from ...method.resampler import FaceResampler
 from ..adapter_options import AdapterOptions
@@ -82,7 +82,7 @@ class FaceIdPlus(PublishedFormat):
         consistent = "FacialEncoder" in found.parts.others
         face = face_of(options, BUFFALO, normed=True)
         perceiver = perceiver_sizes(found, "perceiver_resampler.")
-        states = states_of(found, options, perceiver.inputs, WHOLE if consistent else FACE_CUT)
+        states = states_of(found, options, perceiver.inputs, WHOLE if consistent else ARCFACE)
         shortcut = options.shortcut if options.plus_version == 2 else None
         return Plan(
             make_projector=partial(

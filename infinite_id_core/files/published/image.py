@@ -9,7 +9,7 @@ from ...errors import WrongShapeError
 from ...method.features import Reading
 from ...method.ip_adapter import PooledTokens, StateTokens
 from ...method.published import (
-    FACE_CUT,
+    ARCFACE,
     POOLED_ENCODERS,
     STATE_ENCODERS,
     WHOLE,
@@ -28,11 +28,11 @@ FACE_ASSUMED = (
 )
 
 
-def cut_of(options: AdapterOptions, default: str = FACE_CUT) -> str:
+def cut_of(options: AdapterOptions, default: str = ARCFACE) -> str:
     """What the image encoder sees."""
     if options.whole_picture is None:
         return default
-    return WHOLE if options.whole_picture else FACE_CUT
+    return WHOLE if options.whole_picture else ARCFACE
 
 
 def encoder_of(found: Found, options: AdapterOptions, known: Mapping[int, str], width: int) -> str:
@@ -70,7 +70,8 @@ def image_record(
     found: Found, family: str, reading: Reading, options: AdapterOptions
 ) -> PublishedRecord:
     """The record of an adapter that reads no face."""
-    assumed = () if options.whole_picture is not None else (FACE_ASSUMED,)
+    said = options.whole_picture is not None or reading.cut == WHOLE
+    assumed = () if said else (FACE_ASSUMED,)
     return PublishedRecord(
         context_width=found.context_width,
         family=family,
@@ -88,7 +89,7 @@ def words_of(reading: Reading) -> str:
 
 def crop_words(cut: str) -> str:
     """What an encoder sees, in words."""
-    return "the face" if cut == FACE_CUT else cut
+    return "the face" if cut == ARCFACE else cut
 
 
 class Plus(PublishedFormat):
@@ -102,7 +103,7 @@ class Plus(PublishedFormat):
     def plan(self, found: Found, options: AdapterOptions) -> Plan:
         sizes = perceiver_sizes(found, "")
         tokens = found.size("latents", 1, dimensions=3)
-        reading = states_of(found, options, sizes.inputs, FACE_CUT)
+        reading = states_of(found, options, sizes.inputs, ARCFACE)
         return Plan(
             make_projector=partial(ImageResampler, reading, sizes, tokens),
             record=image_record(found, self.family, reading, options),
@@ -119,7 +120,7 @@ class Full(PublishedFormat):
 
     def plan(self, found: Found, options: AdapterOptions) -> Plan:
         width = found.size("proj.0.weight", 1)
-        reading = states_of(found, options, width, FACE_CUT)
+        reading = states_of(found, options, width, ARCFACE)
         return Plan(
             make_projector=partial(StateTokens, reading, found.context_width),
             record=image_record(found, self.family, reading, options),
@@ -138,7 +139,7 @@ class Base(PublishedFormat):
         width = found.size("proj.weight", 1)
         encoder = encoder_of(found, options, POOLED_ENCODERS, width)
         tokens = found.multiple("proj.weight", found.context_width, "one for each token")
-        reading = pooled_reading(encoder, width, cut_of(options))
+        reading = pooled_reading(encoder, width, cut_of(options, WHOLE))
         return Plan(
             make_projector=partial(PooledTokens, reading, tokens, found.context_width),
             record=image_record(found, self.family, reading, options),

@@ -14,9 +14,9 @@ from infinite_id_core.method.records import PublishedRecord
 from infinite_id_core.sdxl import layers as core_layers
 from infinite_id_core.sdxl.published_layers import SDXL_LAYERS, attention_of, number_of
 
-from . import published_files as files
-from .published_files import SMALL, TRUE
-from .test_layers import SDXL, diffusers
+from .. import published_files as files
+from ..method.test_layers import SDXL, diffusers
+from ..published_files import SMALL, TRUE
 
 LAYERS = files.layers_of(SMALL, core_layers)
 OPTIONS = AdapterOptions(layers=LAYERS)
@@ -96,11 +96,11 @@ def needs(family: str, tmp_path: Path, **options: object) -> dict[str, tuple[obj
 
 
 def test_encoders_and_their_outputs(tmp_path):
-    states = ("ViT-H-14", "penultimate", (257, 1280), "")
+    states = ("ViT-H-14", "penultimate", (257, 1280), "arcface")
     normed, raw = ("buffalo_l/w600k_r50", "normed", (512,), ""), ("antelopev2/glintr100", "raw",
                                                                  (512,), "")  # fmt: skip
-    assert needs("base bigG", tmp_path) == {"pooled": ("ViT-bigG-14", "projected", (1280,), "")}
-    assert needs("base H", tmp_path) == {"pooled": ("ViT-H-14", "projected", (1024,), "")}
+    assert needs("base bigG", tmp_path) == {"pooled": ("ViT-bigG-14", "projected", (1280,), "whole picture")}
+    assert needs("base H", tmp_path) == {"pooled": ("ViT-H-14", "projected", (1024,), "whole picture")}
     assert needs("full", tmp_path) == needs("plus", tmp_path) == {"clip": states}
     assert needs("faceid", tmp_path) == needs("portrait", tmp_path) == {"face": normed}
     assert needs("plus v2", tmp_path) == {"face": normed, "clip": states}
