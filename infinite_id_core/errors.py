@@ -234,6 +234,11 @@ class FaceIndexError(FaceError, IndexError):
     """The wanted face number does not exist."""
 
 
+class MissingModelsError(InfiniteIDError):
+    """Files that an adapter needs are not there; the message names all of them, and where to put
+    each."""
+
+
 class FaceModelError(FaceError):
     """A face model pack is missing, nested, incomplete or has no recogniser."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import apply, detail, face, folders, identity, micro, models, score, style
+from . import apply, detail, face, folders, identity, micro, models, score, simple, style
 
 
 class InfiniteIDExtension(ComfyExtension):
@@ -14,6 +14,7 @@ class InfiniteIDExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            *simple.NODES,
             *models.NODES,
             *face.NODES,
             *identity.NODES,

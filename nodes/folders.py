@@ -23,6 +23,7 @@ from ..infinite_id_core.faces.pack import find_whole_pack
 from ..infinite_id_core.marks import mark_of
 
 ADAPTERS = "infinite_id"
+PUBLISHED = ("ipadapter", "instantid", "pulid")  # where other packs keep theirs
 IDENTITIES = "infinite_id_identities"
 INSIGHTFACE = "insightface"
 CLIP_VISION = "clip_vision"
@@ -31,6 +32,7 @@ _EXTENSIONS = {
     ADAPTERS: {".safetensors"},
     IDENTITIES: {".safetensors"},
     INSIGHTFACE: {".onnx"},
+    **{kind: {".safetensors", ".bin"} for kind in PUBLISHED},
 }
 
 
@@ -55,6 +57,25 @@ def adapter_files() -> list[str]:
 def adapter_path(name: str) -> Path:
     """Path of an adapter file. Raises ``FileMissingError`` or ``NameNotAllowedError``."""
     return _find(ADAPTERS, name)
+
+
+def all_adapter_files() -> list[str]:
+    """Every adapter file as ``folder/name``: our own folder's, and those of other packs."""
+    return [f"{kind}/{name}" for kind in (ADAPTERS, *PUBLISHED) for name in _files(kind)]
+
+
+def any_adapter_path(name: str) -> Path:
+    """Path of a file as ``all_adapter_files`` names it; what follows `` [`` is for people.
+
+    Raises ``FileMissingError`` or ``NameNotAllowedError``.
+    """
+    kind, _, rest = str(name).partition(" [")[0].replace("\\", "/").partition("/")
+    if kind not in (ADAPTERS, *PUBLISHED):
+        raise NameNotAllowedError(
+            f"Expected an adapter as folder/file, of {', '.join((ADAPTERS, *PUBLISHED))}; got "
+            f"{shown(name)}."
+        )
+    return _find(kind, rest)
 
 
 def identity_files() -> list[str]:

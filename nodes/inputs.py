@@ -79,6 +79,12 @@ def _is_adapter(value: Any) -> bool:
     return isinstance(value, LoadedAdapter)
 
 
+def _is_kit(value: Any) -> bool:
+    from .simple import Kit
+
+    return isinstance(value, Kit)
+
+
 def _is_identity(value: Any) -> bool:
     from ..infinite_id_core.method.identity import Identity
 
@@ -121,6 +127,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     # Of several packs' loaders: what is used of them is checked where it is used.
     "FACEANALYSIS": ("face models", _is_anything),
     "IDENTITY": ("an identity", _is_identity),
+    "INFINITE_ID": ("what Infinite-ID Loader gives", _is_kit),
     "INFINITE_ID_ADAPTER": ("an adapter", _is_adapter),
     "INFINITE_ID_FACES": ("aligned faces", _is_faces),
     "INFINITE_ID_REGION": ("the region of Face Crop", _is_region),

@@ -26,6 +26,11 @@ _NAMES = {
 }
 
 
+def tower_name(width: int, blocks: int, patch: int, embeds: int) -> str | None:
+    """The encoder with a vision transformer of this shape; None for one that is not known."""
+    return _NAMES.get(_Tower(width, blocks, patch, embeds))
+
+
 def encoder_name(clip_vision: Any, width: int) -> str:
     """The encoder's own name, or that of the model with its network; else ``vit-`` and its width.
 

@@ -36,10 +36,16 @@ def needs_face(adapters: Sequence[Adapter]) -> bool:
     return any(reading.cut != WHOLE for reading in readings)
 
 
-def needs_image_encoder(adapters: Sequence[Adapter]) -> bool:
-    """Whether any of them reads more than a face embedding."""
-    readings = (reading for adapter in adapters for reading in adapter.needs.values())
-    return any(not _is_face(reading) for reading in readings)
+def image_encoder_of(adapter: Adapter) -> str | None:
+    """The image encoder that an adapter reads; None where it reads face embeddings alone."""
+    others = (reading.model for reading in adapter.needs.values() if not _is_face(reading))
+    return next(others, None)
+
+
+def recogniser_of(adapter: Adapter) -> str | None:
+    """The face recogniser that an adapter reads, if any."""
+    found = (reading.model for reading in adapter.needs.values() if _is_face(reading))
+    return next(found, None)
 
 
 def read_references(
@@ -143,16 +149,21 @@ def _picture(
         raise EncoderError(
             f"This adapter reads {reading.model} ({reading.output}, {list(reading.shape)}), and "
             f"the image encoder given is {read.model} ({list(read.shape)}). Load "
-            f"{_FILES.get(reading.model, reading.model)}."
+            f"{file_of_encoder(reading.model)}."
         )
     null = empty_states(clip_vision, layer)[0] if empty and layer is not None else None
     return Feature(reading=read, value=value, null=null)
 
 
 _FILES = {
-    "ViT-H-14": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors (models/clip_vision)",
-    "ViT-bigG-14": "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors (models/clip_vision)",
+    "ViT-H-14": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+    "ViT-bigG-14": "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",
 }
+
+
+def file_of_encoder(model: str) -> str:
+    """The file that people know an image encoder by, and its folder."""
+    return f"{_FILES.get(model, f'the file of {model}')} (models/clip_vision)"
 
 
 def _cut(reference: Reference, cut: str) -> Tensor:

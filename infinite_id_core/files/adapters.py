@@ -75,3 +75,10 @@ def read_adapter(
     path = Path(path)
     with open_tensors(path) as file:
         return format_of(path, file.header).build(file, operations, options)
+
+
+def family_of(path: str | Path) -> str:
+    """What kind of adapter a file is, by its header alone. Raises a subclass of ``FileError``."""
+    path = Path(path)
+    with open_tensors(path) as file:
+        return format_of(path, file.header).family

@@ -13,6 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import AdapterNotCarriedError
+from ..files.adapter_options import AdapterOptions
 from ..files.adapters import read_adapter
 from ..method.adapter import Adapter
 from ..method.placement import IdentityPlacement
@@ -110,9 +111,9 @@ def _copied(adapter: Adapter) -> Adapter:
     return adapter.rebuilt(tensors, comfy.ops.manual_cast)
 
 
-def load_adapter(path: str | Path) -> LoadedAdapter:
+def load_adapter(path: str | Path, options: AdapterOptions | None = None) -> LoadedAdapter:
     """Read an adapter file for ComfyUI. Raises a subclass of ``FileError``."""
-    return LoadedAdapter(read_adapter(path, comfy.ops.manual_cast))
+    return LoadedAdapter(read_adapter(path, comfy.ops.manual_cast, options))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

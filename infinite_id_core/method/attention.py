@@ -7,7 +7,7 @@ its own kernel, so that the user's choice of attention (SDPA, xformers, sage, ..
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -63,6 +63,16 @@ class StreamOptions:
                 f"style_strength must lie in [0, 1], got {self.style_strength}. Use 1.0 for the "
                 "paper's alignment, 0.0 for none."
             )
+
+
+STREAM_PRESETS: Mapping[str, StreamOptions] = {
+    "balanced": StreamOptions(),
+    "likeness": StreamOptions(style="off"),
+    "style": StreamOptions(style="adain"),
+    "one stream": StreamOptions(mixing="off", style="off"),
+}
+"""By what matters most: the paper's; without alignment, which keeps most of the face; with full
+AdaIN, which keeps most of the style; and IP-Adapter's own formula, at half the price."""
 
 
 @dataclass(frozen=True, kw_only=True)

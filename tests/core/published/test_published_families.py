@@ -99,8 +99,12 @@ def test_encoders_and_their_outputs(tmp_path):
     states = ("ViT-H-14", "penultimate", (257, 1280), "arcface")
     normed, raw = ("buffalo_l/w600k_r50", "normed", (512,), ""), ("antelopev2/glintr100", "raw",
                                                                  (512,), "")  # fmt: skip
-    assert needs("base bigG", tmp_path) == {"pooled": ("ViT-bigG-14", "projected", (1280,), "whole picture")}
-    assert needs("base H", tmp_path) == {"pooled": ("ViT-H-14", "projected", (1024,), "whole picture")}
+    assert needs("base bigG", tmp_path) == {
+        "pooled": ("ViT-bigG-14", "projected", (1280,), "whole picture")
+    }
+    assert needs("base H", tmp_path) == {
+        "pooled": ("ViT-H-14", "projected", (1024,), "whole picture")
+    }
     assert needs("full", tmp_path) == needs("plus", tmp_path) == {"clip": states}
     assert needs("faceid", tmp_path) == needs("portrait", tmp_path) == {"face": normed}
     assert needs("plus v2", tmp_path) == {"face": normed, "clip": states}

@@ -1,0 +1,378 @@
+"""The short way: a loader that finds what an adapter needs, and a person in a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..infinite_id_core.encoders.clip_vision import ClipVision
+from ..infinite_id_core.encoders.references import (
+    Reference,
+    file_of_encoder,
+    image_encoder_of,
+    needs_face,
+    read_references,
+    recogniser_of,
+)
+from ..infinite_id_core.encoders.tower_files import encoder_of_file
+from ..infinite_id_core.errors import FaceModelError, InfiniteIDError, MissingModelsError
+from ..infinite_id_core.faces.find import find_faces_in_batch
+from ..infinite_id_core.faces.pack import load_face_models, recogniser_name
+from ..infinite_id_core.faces.preview import numbered_previews
+from ..infinite_id_core.files.adapter_options import AdapterOptions
+from ..infinite_id_core.files.adapters import family_of
+from ..infinite_id_core.marks import mark_of
+from ..infinite_id_core.method.attention import MAX_STRENGTH, STREAM_PRESETS
+from ..infinite_id_core.method.identity import Identity
+from . import embedded, folders
+from .embedded import EMBEDDED
+from .inputs import checked
+from .models import IdentityType
+from .page import KEEPS_PREVIEW
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
+
+AUTO = "auto"
+READS = (AUTO, "face", "whole picture")
+LORA = ("all rows", "off")
+_KEPT = 8  # people read by one loader
+
+KitType = io.Custom("INFINITE_ID")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kit:
+    """An adapter and all that reads photos for it."""
+
+    adapter: LoadedAdapter
+    face_analysis: Any | None
+    clip_vision: ClipVision | None
+    lora_strength: float
+    read: OrderedDict[str, tuple[Identity, Tensor]] = field(default_factory=OrderedDict)
+    """Who was read already, and their preview, by a hash of the photos."""
+
+    def person(self, photos: Tensor) -> tuple[Identity, Tensor]:
+        """Who is in photos ``[n, H, W, C]`` of one person; each set of photos is read once."""
+        key = hashlib.sha256(photos.contiguous().cpu().numpy()).hexdigest()
+        if key not in self.read:
+            self.read[key] = self._person(photos)
+            while len(self.read) > _KEPT:
+                self.read.popitem(last=False)
+        self.read.move_to_end(key)
+        return self.read[key]
+
+    def _person(self, photos: Tensor) -> tuple[Identity, Tensor]:
+        adapters, preview = [self.adapter.adapter], photos
+        references = [Reference(photo=photo) for photo in photos]
+        if self.face_analysis is not None:
+            found = find_faces_in_batch(self.face_analysis, photos)
+            references = [
+                Reference(photo=photo, face=seen.chosen[0])
+                for photo, seen in zip(photos, found, strict=True)
+            ]
+            preview = numbered_previews(photos, found)
+        return read_references(references, adapters, self.clip_vision), preview
+
+
+class InfiniteIDLoader(io.ComfyNode):
+    """An adapter of any family, with the encoders that it needs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        listed = [f"{name} [{_family(folders.any_adapter_path(name))}]" for name in _listed()]
+        return io.Schema(
+            node_id="InfiniteIDLoader",
+            display_name="Infinite-ID Loader",
+            category="Infinite-ID",
+            description="Loads an adapter (Infinite-ID, IP-Adapter, FaceID, InstantID) and finds "
+            "the image encoder and the face models that it needs. What it found stands on the "
+            "node.",
+            inputs=[
+                io.Combo.Input(
+                    "adapter",
+                    options=[EMBEDDED, *listed],
+                    tooltip="A file of models/infinite_id, ipadapter, instantid or pulid, told "
+                    "apart by its contents.",
+                ),
+                io.Combo.Input(
+                    "image_encoder",
+                    options=[AUTO, *folders.clip_vision_files()],
+                    default=AUTO,
+                    tooltip="'auto' finds the file in models/clip_vision by its contents.",
+                ),
+                io.Combo.Input(
+                    "face_models",
+                    options=[AUTO, *folders.face_packs()],
+                    default=AUTO,
+                    tooltip="'auto' takes the pack that the adapter was trained with.",
+                ),
+                io.Combo.Input(
+                    "reads",
+                    options=list(READS),
+                    default=AUTO,
+                    tooltip="What the image encoder sees. A plus file for faces and one for whole "
+                    "pictures look the same: 'auto' takes the face.",
+                ),
+                io.Combo.Input(
+                    "lora",
+                    options=list(LORA),
+                    default=LORA[0],
+                    tooltip="FaceID files hold a LoRA: used for the whole model, as their authors "
+                    "do, or left out.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How strongly the LoRA acts. 0 is off.",
+                ),
+            ],
+            outputs=[KitType.Output(display_name="infinite_id", tooltip="For Infinite-ID Person.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        adapter: str | None = None,
+        image_encoder: str | None = None,
+        face_models: str | None = None,
+    ) -> bool | str:
+        given = (
+            (adapter, EMBEDDED, folders.any_adapter_path),
+            (image_encoder, AUTO, folders.clip_vision_path),
+            (face_models, AUTO, folders.face_pack_path),
+        )
+        wrong = [folders.check(name, find) for name, usual, find in given if name != usual]
+        return next((problem for problem in wrong if problem is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str | None = None, **settings: object) -> str | float:
+        return EMBEDDED if adapter == EMBEDDED else folders.mark(adapter, folders.any_adapter_path)
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        adapter: str,
+        image_encoder: str,
+        face_models: str,
+        reads: str,
+        lora: str,
+        lora_strength: float,
+    ) -> io.NodeOutput:
+        from ..infinite_id_core.hosts.comfyui_adapter import load_adapter
+
+        if adapter == EMBEDDED:
+            return _loaded(_embedded())
+        analysis = None if face_models == AUTO else _face_models(face_models)
+        options = AdapterOptions(
+            recogniser=None if analysis is None else recogniser_name(analysis),
+            whole_picture=None if reads == AUTO else reads == READS[2],
+        )
+        loaded = load_adapter(folders.any_adapter_path(adapter), options)
+        missing: list[str] = []
+        kit = Kit(
+            adapter=loaded,
+            face_analysis=analysis or _wanted_faces(loaded, missing),
+            clip_vision=_wanted_encoder(loaded, image_encoder, missing),
+            lora_strength=lora_strength if lora == LORA[0] else 0.0,
+        )
+        if missing:
+            raise MissingModelsError(
+                f"{adapter.partition(' [')[0]} needs {len(missing)} more: {'; '.join(missing)}. "
+                "Nothing is downloaded: put each into its folder and press R in ComfyUI."
+            )
+        return _loaded(kit)
+
+
+def _loaded(kit: Kit) -> io.NodeOutput:
+    module = kit.adapter.adapter
+    lines = [module.config.summary]
+    if module.low_rank_parts:
+        lines.append(
+            f"LoRA: {'off' if not kit.lora_strength else f'{kit.lora_strength:g}, all rows'}"
+        )
+    return io.NodeOutput(kit, ui=ui.PreviewText("\n".join(lines)))
+
+
+def _embedded() -> Kit:
+    from ..infinite_id_core.hosts.comfyui_open_clip import ManagedOpenClip
+
+    return Kit(
+        adapter=embedded.adapter(),
+        face_analysis=embedded.face_models("auto", 640),
+        clip_vision=ManagedOpenClip(embedded.open_clip()),
+        lora_strength=0.0,
+    )
+
+
+def _wanted_faces(adapter: LoadedAdapter, missing: list[str]) -> Any | None:
+    """The face models that an adapter names; None where it needs none, or they are missing."""
+    if not needs_face([adapter.adapter]):
+        return None
+    pack = (recogniser_of(adapter.adapter) or "buffalo_l").partition("/")[0]
+    try:
+        return _face_models(pack)
+    except FaceModelError:
+        missing.append(f"the face models {pack} (models/insightface/models/{pack}/*.onnx)")
+        return None
+
+
+def _face_models(pack: str) -> Any:
+    return load_face_models(pack, folders.insightface_roots())
+
+
+def _wanted_encoder(adapter: LoadedAdapter, chosen: str, missing: list[str]) -> ClipVision | None:
+    """The image encoder that an adapter names, found by contents; None as for faces."""
+    import comfy.clip_vision
+
+    wanted = image_encoder_of(adapter.adapter)
+    if wanted is None:
+        return None
+    names = folders.clip_vision_files() if chosen == AUTO else [chosen]
+    paths = [folders.clip_vision_path(name) for name in names]
+    fitting = [path for path in paths if chosen != AUTO or _encoder(path) == wanted]
+    if not fitting:
+        missing.append(file_of_encoder(wanted))
+        return None
+    loaded: ClipVision = comfy.clip_vision.load(str(fitting[0]))
+    return loaded
+
+
+def _listed() -> Sequence[str]:
+    try:
+        return folders.all_adapter_files()
+    except OSError:
+        return ()
+
+
+def _family(path: Path) -> str:
+    try:
+        return _family_at(path, mark_of(path))
+    except InfiniteIDError:
+        return "?"
+
+
+@lru_cache(maxsize=512)
+def _family_at(path: Path, _mark: object) -> str:
+    return family_of(path)
+
+
+def _encoder(path: Path) -> str | None:
+    return _encoder_at(path, mark_of(path))
+
+
+@lru_cache(maxsize=512)
+def _encoder_at(path: Path, _mark: object) -> str | None:
+    return encoder_of_file(path)
+
+
+class InfiniteIDPerson(io.ComfyNode):
+    """A person out of photos, in a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfiniteIDPerson",
+            display_name="Infinite-ID Person",
+            category="Infinite-ID",
+            description="Makes the model paint the person of the photos while it follows the "
+            "prompt. Chain several, each with a mask, for several people.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SDXL model, or one that has a person."),
+                KitType.Input("infinite_id", tooltip="From Infinite-ID Loader."),
+                io.Image.Input("photos", tooltip="One or more photos of one person."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=MAX_STRENGTH,
+                    step=0.05,
+                    tooltip="How strongly the person shapes the picture. 0 leaves the model as "
+                    "it was.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(STREAM_PRESETS),
+                    default="balanced",
+                    tooltip="What matters most: both (balanced), the face (likeness), the "
+                    "prompt's style (style), or speed (one stream: as the adapter's authors run "
+                    "it, at half the price).",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the person begins to take effect, as a part of the sampling.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="When the person stops taking effect. Ending early is faster.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture this person is. Nothing connected: everywhere.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For KSampler, or the next Person."),
+                IdentityType.Output(
+                    display_name="identity", tooltip="Who it is, for Save Identity or Score."
+                ),
+                io.Image.Output(display_name="preview", tooltip="The photos with numbered faces."),
+            ],
+            **KEEPS_PREVIEW,
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        model: ModelPatcher,
+        infinite_id: Kit,
+        photos: Tensor,
+        strength: float,
+        preset: str,
+        start_percent: float,
+        end_percent: float,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        from ..infinite_id_core.hosts.comfyui import apply_identity
+        from ..infinite_id_core.hosts.comfyui_lora import with_low_rank
+
+        identity, preview = infinite_id.person(photos)
+        lora = infinite_id.lora_strength if strength else 0.0
+        patched = apply_identity(
+            with_low_rank(model, infinite_id.adapter.adapter, lora),
+            infinite_id.adapter,
+            identity,
+            strength=strength,
+            options=STREAM_PRESETS[preset],
+            start_percent=start_percent,
+            end_percent=end_percent,
+            mask=mask,
+        )
+        return io.NodeOutput(patched, identity, preview, ui=ui.PreviewImage(preview, cls=cls))
+
+
+NODES: list[type[io.ComfyNode]] = [InfiniteIDLoader, InfiniteIDPerson]
