@@ -35,7 +35,7 @@ class PerceiverSizes:
 
 
 class PerceiverAttention(nn.Module):
-    """Latent tokens attend to the input and to themselves; no biases, softmax in float32 or more."""
+    """Latent tokens read the input and themselves; no biases, softmax in float32 at least."""
 
     def __init__(self, width: int, heads: int, operations: Any = nn) -> None:
         super().__init__()
