@@ -237,18 +237,25 @@ def _face_models(pack: str) -> Any:
 
 def _wanted_encoder(adapter: LoadedAdapter, chosen: str, missing: list[str]) -> ClipVision | None:
     """The image encoder that an adapter names, found by contents; None as for faces."""
-    import comfy.clip_vision
-
     wanted = image_encoder_of(adapter.adapter)
     if wanted is None:
         return None
-    names = folders.clip_vision_files() if chosen == AUTO else [chosen]
-    paths = [folders.clip_vision_path(name) for name in names]
-    fitting = [path for path in paths if chosen != AUTO or _encoder(path) == wanted]
-    if not fitting:
+    path = _encoder_file(wanted) if chosen == AUTO else folders.clip_vision_path(chosen)
+    if path is None:
         missing.append(file_of_encoder(wanted))
         return None
-    loaded: ClipVision = comfy.clip_vision.load(str(fitting[0]))
+    return _load_encoder(path)
+
+
+def _encoder_file(wanted: str) -> Path | None:
+    paths = (folders.clip_vision_path(name) for name in folders.clip_vision_files())
+    return next((path for path in paths if _encoder(path) == wanted), None)
+
+
+def _load_encoder(path: Path) -> ClipVision:
+    import comfy.clip_vision
+
+    loaded: ClipVision = comfy.clip_vision.load(str(path))
     return loaded
 
 

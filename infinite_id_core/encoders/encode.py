@@ -53,12 +53,11 @@ class EncodeOptions:
 
     @classmethod
     def of_needs(cls, needs: Mapping[str, Reading]) -> EncodeOptions:
-        """What an adapter reads. Raises ``EncoderError`` where that is more than face and clip."""
-        others = sorted(needs.keys() - {FACE, CLIP})
-        if others:
+        """What an adapter reads. Raises ``EncoderError`` where that is not face and clip."""
+        if needs.keys() != {FACE, CLIP}:
             raise EncoderError(
-                f"This adapter reads {', '.join(others)}, and only face and clip can be encoded "
-                "here. Give it an identity file that has them."
+                f"This adapter reads {', '.join(sorted(needs))}, and only face and clip together "
+                "can be encoded here. Give it an identity file that has what it reads."
             )
         outputs: dict[str, Any] = {name: reading.output for name, reading in needs.items()}
         return cls(clip_layer=outputs.get(CLIP, "last"), embedding=outputs.get(FACE, "normed"))

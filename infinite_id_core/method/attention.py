@@ -65,16 +65,6 @@ class StreamOptions:
             )
 
 
-STREAM_PRESETS: Mapping[str, StreamOptions] = {
-    "balanced": StreamOptions(),
-    "likeness": StreamOptions(style="off"),
-    "style": StreamOptions(style="adain"),
-    "one stream": StreamOptions(mixing="off", style="off"),
-}
-"""By what matters most: the paper's; without alignment, which keeps most of the face; with full
-AdaIN, which keeps most of the style; and IP-Adapter's own formula, at half the price."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class IdentityTerm:
     """One identity's part in the cross-attention of one layer."""
@@ -205,3 +195,13 @@ def _exact(x: Tensor) -> torch.dtype:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}.")
+
+
+STREAM_PRESETS: Mapping[str, StreamOptions] = {
+    "balanced": StreamOptions(),
+    "likeness": StreamOptions(style="off"),
+    "style": StreamOptions(style="adain"),
+    "one stream": StreamOptions(mixing="off", style="off"),
+}
+"""By what matters most: the paper's; without alignment, which keeps most of the face; with full
+AdaIN, which keeps most of the style; and IP-Adapter's own formula, at half the price."""

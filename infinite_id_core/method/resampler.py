@@ -35,7 +35,7 @@ class PerceiverSizes:
 
 
 class PerceiverAttention(nn.Module):
-    """Latent tokens attend to the input and to themselves; no biases, softmax in float32."""
+    """Latent tokens read the input and themselves; no biases, softmax in float32 at least."""
 
     def __init__(self, width: int, heads: int, operations: Any = nn) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class PerceiverAttention(nn.Module):
         keys, values = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
         k, v = self._split(keys), self._split(values)
         scale = HEAD_WIDTH**-0.25  # on both sides, so that float16 does not overflow
-        scores = ((q * scale) @ (k * scale).transpose(-2, -1)).float()
+        scores = (q * scale) @ (k * scale).transpose(-2, -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if bias is not None:
             scores = scores + bias.to(scores)
         out = scores.softmax(dim=-1).to(v.dtype) @ v

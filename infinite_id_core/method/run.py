@@ -102,9 +102,9 @@ class IdentityRun:
     def _token_weight(self, index: int, adapter: Adapter) -> Tensor | None:
         """Weight of each token; None where all count alike."""
         if index not in self._weights:
-            identity = self.people[index].identity
-            alike = bool((identity.weight == identity.weight[0]).all())
-            self._weights[index] = None if alike else adapter.token_weight(identity)
+            weight = adapter.token_weight(self.people[index].identity)
+            alike = bool((weight == weight[0]).all())
+            self._weights[index] = None if alike else weight
         return self._weights[index]
 
     def key_value(

@@ -83,7 +83,7 @@ SMALL = Sizes(
         Layer(number=5, path="up_blocks.0.attentions.1.transformer_blocks.0", width=32),
         Layer(number=7, path="mid_block.attentions.0.transformer_blocks.0", width=64),
     ),
-    context=32, width=48, heads=2, face_heads=3, tokens=5, face_hidden=40, rank=4,
+    context=32, width=48, heads=2, face_heads=3, tokens=5, face_hidden=1024, rank=4,
     pulid=24, former_heads=2, former_tokens=6, eva=20, level=28,
 )  # fmt: skip
 

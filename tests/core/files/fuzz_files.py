@@ -1,4 +1,4 @@
-"""Mutated adapter, identity, pickle, tar and index files: only named errors, nothing invalid in.
+"""Mutated adapters, identities, pickles, tars and indexes: only named errors, nothing invalid in.
 
     python tests/core/files/fuzz_files.py --count 10000 --seed 0
 
@@ -42,10 +42,13 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import save as safetensors_saved  # noqa: E402
 
 from infinite_id_core.errors import InfiniteIDError  # noqa: E402
 from infinite_id_core.files import adapters, identities  # noqa: E402
-from tests.core import hostile_files  # noqa: E402
+from infinite_id_core.files.adapter_options import AdapterOptions  # noqa: E402
+from infinite_id_core.sdxl import layers  # noqa: E402
+from tests.core import hostile_files, published_files  # noqa: E402
 from trainer import index_file, inspect  # noqa: E402
 from trainer.convert import convert  # noqa: E402
 from trainer.data_index import Dataset, Filters  # noqa: E402
@@ -144,7 +147,7 @@ def changed(value: Any, chance: random.Random, depth: int = 0) -> Any:
     return _value(chance)
 
 
-# --- the five kinds --------------------------------------------------------------------------
+# --- the kinds -------------------------------------------------------------------------------
 
 
 class Fault(Exception):
@@ -237,6 +240,11 @@ def pickle_bytes(chance: random.Random, harm: Path) -> bytes:
         values["ip_adapter"]["x"] = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     if chance.random() < 0.2:
         values["more"] = Harm(harm)
+    return _saved(values, chance)
+
+
+def _saved(values: Any, chance: random.Random) -> bytes:
+    """A changed file that ``torch.save`` wrote."""
     out = io.BytesIO()
     zipped = chance.random() < 0.7
     torch.save(values, out, _use_new_zipfile_serialization=zipped)
@@ -284,6 +292,88 @@ def try_pickle(path: Path, chance: random.Random) -> None:
         tensor = flat[name].detach()
         expect(written[name].shape == tensor.shape, f"{name} has another shape than torch's")
         expect(torch.equal(written[name].float(), tensor.float()), f"{name} differs from torch's")
+
+
+PUBLISHED = published_files.Sizes(
+    layers=published_files.SMALL.layers[:2], context=8, width=8, heads=1, face_heads=1, tokens=2,
+    face_hidden=8, rank=1, states=16, pulid=8, former_heads=1, former_tokens=2, eva=4, level=4,
+)  # fmt: skip
+PUBLISHED_OPTIONS = AdapterOptions(
+    layers=published_files.layers_of(PUBLISHED, layers), image_encoder="made-H"
+)
+
+
+def _altered(made: dict[str, Any], chance: random.Random) -> None:
+    """One tensor dropped, renamed, or of another shape or type; the file itself stays sound."""
+    group = made[chance.choice(list(made))]
+    name = chance.choice(list(group))
+    tensor = group.pop(name)
+    way = chance.randrange(5)
+    if way == 1:
+        parts = name.split(".")
+        at = chance.randrange(len(parts))
+        parts[at] = chance.choice(("0", "1", "2", "99", "weight", "", "proj", "latents", "a" * 300))
+        group[".".join(parts)] = tensor
+    elif way == 2:
+        shape = [chance.choice((n, n, n + 1, 1, 0, 2 * n, 64)) for n in tensor.shape]
+        group[name] = torch.ones(shape, dtype=tensor.dtype)
+    elif way == 3:
+        group[name] = tensor[None] if chance.random() < 0.5 else tensor.reshape(-1)
+    elif way == 4:
+        group[name] = tensor.to(chance.choice((torch.int64, torch.float64, torch.bool)))
+
+
+def published_bytes(family: str, chance: random.Random, harm: Path) -> bytes:
+    """A published adapter, in safetensors or a pickle, with anything changed."""
+    made = published_files.made(family, PUBLISHED, dtype=torch.float16)
+    if chance.random() < 0.4:
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            _altered(made, chance)
+        out = io.BytesIO()
+        torch.save(made, out)
+        return out.getvalue()
+    if chance.random() < 0.5:
+        values: dict[str, Any] = dict(made)
+        if chance.random() < 0.2:
+            values["more"] = Harm(harm)
+        return _saved(values, chance)
+    data = safetensors_saved(published_files.flat(**made))
+    size = int.from_bytes(data[:8], "little")
+    if chance.random() < 0.4:
+        return mutated(data, chance)
+    header = json.dumps(changed(json.loads(data[8 : 8 + size]), chance)).encode()
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def try_published(path: Path, chance: random.Random) -> None:
+    """Read, and compare with safetensors' or torch's own reader."""
+    harm = path.with_name("harm")
+    families = ("base H", "full", "plus", "faceid", "plus v2", "pulid v1", "pulid v1.1")
+    path.write_bytes(published_bytes(chance.choice(families), chance, harm))
+    try:
+        adapter = adapters.read_adapter(path, options=PUBLISHED_OPTIONS)
+    finally:
+        expect(not harm.exists(), "something of the file ran")
+    try:
+        known = (
+            load_file(path)
+            if path.read_bytes()[8:9] == b"{"
+            else published_files.flat(
+                **{
+                    n: v
+                    for n, v in torch.load(path, weights_only=True).items()
+                    if isinstance(v, dict)
+                }
+            )
+        )
+    except (pickle.UnpicklingError, RuntimeError, TypeError, KeyError, ValueError, AttributeError,
+            EOFError, IndexError, OSError, struct.error):  # fmt: skip
+        known = {}  # torch is stricter about what is not a tensor's
+    for name, tensor in adapter.state_dict().items():
+        expect(bool(tensor.isfinite().all()), f"{name} is not finite")
+        if name in known:
+            expect(torch.equal(tensor, known[name]), f"{name} has other numbers")
+    expect(len(adapter.widths) == 2, "other layers than the UNet has")
 
 
 def photo_bytes(number: int) -> bytes:
@@ -449,6 +539,7 @@ TRIES: dict[str, Callable[[Path, random.Random], None]] = {
     "adapter": try_adapter,
     "identity": try_identity,
     "features": try_features,
+    "published": try_published,
     "pickle": try_pickle,
     "tar": try_tar,
     "index": try_index,

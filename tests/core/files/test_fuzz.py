@@ -20,7 +20,9 @@ def test_mutated_files_give_named_errors_and_nothing_else():
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     found = {said["kind"]: said for said in map(json.loads, done.stdout.splitlines())}
-    assert set(found) == {"adapter", "identity", "features", "pickle", "tar", "index"}
+    assert set(found) == {
+        "adapter", "identity", "features", "published", "pickle", "tar", "index"
+    }  # fmt: skip
     for kind, said in found.items():
         assert said["faults"] == []
         # Both happen, or the mutations are too weak or too strong to tell anything.
