@@ -32,7 +32,7 @@ class InfiniteIDApply(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDApply",
             display_name="Infinite-ID Apply",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Makes the model paint this person while it follows the prompt. "
             "Chain several, each with a mask, for several people.",
             inputs=[

@@ -33,7 +33,7 @@ class InfiniteIDFaceCrop(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDFaceCrop",
             display_name="Infinite-ID Face Crop (detail pass)",
-            category="Infinite-ID",
+            category="Infinite-ID/detail pass",
             description="Cuts a square around a small face and enlarges it, so that it can be "
             "painted again in detail. Infinite-ID Face Paste puts it back.",
             inputs=[
@@ -109,7 +109,7 @@ class InfiniteIDFacePaste(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDFacePaste",
             display_name="Infinite-ID Face Paste (detail pass)",
-            category="Infinite-ID",
+            category="Infinite-ID/detail pass",
             description="Puts repainted crops back where Infinite-ID Face Crop cut them out, with "
             "a soft edge.",
             inputs=[

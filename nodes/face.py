@@ -68,7 +68,7 @@ class InfiniteIDAlignFace(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDAlignFace",
             display_name="Infinite-ID Align Face",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Finds the faces in reference pictures, takes the wanted ones and cuts "
             "them out upright. The preview numbers every face it found.",
             inputs=[

@@ -59,9 +59,31 @@ def adapter_path(name: str) -> Path:
     return _find(ADAPTERS, name)
 
 
+def published_files() -> list[str]:
+    """Adapter files of other packs' folders, as ``folder/name``."""
+    return [f"{kind}/{name}" for kind in PUBLISHED for name in _files(kind)]
+
+
 def all_adapter_files() -> list[str]:
     """Every adapter file as ``folder/name``: our own folder's, and those of other packs."""
-    return [f"{kind}/{name}" for kind in (ADAPTERS, *PUBLISHED) for name in _files(kind)]
+    return [*(f"{ADAPTERS}/{name}" for name in adapter_files()), *published_files()]
+
+
+def adapter_path_of(name: str) -> Path:
+    """Path of a file as ``adapter_files`` or ``published_files`` names it. Raises as both."""
+    known = isinstance(name, str) and name.replace("\\", "/").startswith(
+        tuple(f"{kind}/" for kind in PUBLISHED)
+    )
+    return any_adapter_path(name) if known and not _is_own(name) else adapter_path(name)
+
+
+def _is_own(name: str) -> bool:
+    """Whether our own folder has a file of that name below it."""
+    try:
+        adapter_path(name)
+    except InfiniteIDError:
+        return False
+    return True
 
 
 def any_adapter_path(name: str) -> Path:

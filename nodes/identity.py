@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io, ui
 
 from ..infinite_id_core.encoders.clip_vision import ClipVision
@@ -12,6 +14,7 @@ from ..infinite_id_core.encoders.encode import (
     encode_faces,
     parse_weights,
 )
+from ..infinite_id_core.encoders.references import read_references, references_of
 from ..infinite_id_core.errors import OptionError, shown
 from ..infinite_id_core.faces.align import AlignedFace
 from ..infinite_id_core.files.store import IF_EXISTS, IfExists, save_identity
@@ -20,7 +23,10 @@ from ..infinite_id_core.method.identity import Identity, interpolate, stack
 from . import folders
 from .face import Faces
 from .inputs import checked
-from .models import IdentityType
+from .models import Adapter, IdentityType
+
+if TYPE_CHECKING:
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
 
 MIX = ("stack", "interpolate")
 
@@ -33,15 +39,23 @@ class InfiniteIDEncode(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDEncode",
             display_name="Infinite-ID Encode",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Reads who is in the reference pictures: an identity for Apply, Mix or "
             "Save.",
             inputs=[
                 Faces.Input("faces", tooltip="From Infinite-ID Align Face."),
                 io.ClipVision.Input(
                     "clip_vision",
+                    optional=True,
                     tooltip="The image encoder the adapter was trained with (ViT-H-14: 1280 wide, "
-                    "ViT-bigG-14: 1664), from Load CLIP Vision or Infinite-ID Load open_clip.",
+                    "ViT-bigG-14: 1664), from Load CLIP Vision or Infinite-ID Load open_clip. A "
+                    "few families need none.",
+                ),
+                Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="Connected, it says what is read and how: crop, layer, embedding. The "
+                    "two settings at the bottom are then not used.",
                 ),
                 io.Combo.Input(
                     "combine",
@@ -80,12 +94,23 @@ class InfiniteIDEncode(io.ComfyNode):
     def execute(
         cls,
         faces: tuple[AlignedFace, ...],
-        clip_vision: ClipVision,
         combine: Combine,
         weights: str = "",
         clip_layer: ClipLayer = "last",
         embedding: Embedding = "normed",
+        clip_vision: ClipVision | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> io.NodeOutput:
+        if adapter is not None:
+            counts = parse_weights(weights)
+            found, adapters = references_of(faces), [adapter.adapter]
+            return io.NodeOutput(
+                read_references(found, adapters, clip_vision, combine=combine, weights=counts)
+            )
+        if clip_vision is None:
+            raise OptionError(
+                "Connect clip_vision; or an adapter that reads none, which says so itself."
+            )
         options = EncodeOptions(
             combine=combine,
             weights=parse_weights(weights),
@@ -103,7 +128,7 @@ class InfiniteIDMix(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDMix",
             display_name="Infinite-ID Mix",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Makes one person out of two, or adds more references of one person.",
             inputs=[
                 IdentityType.Input("identity_a", tooltip="The first person."),

@@ -80,7 +80,7 @@ def _is_adapter(value: Any) -> bool:
 
 
 def _is_kit(value: Any) -> bool:
-    from .simple import Kit
+    from .kit import Kit
 
     return isinstance(value, Kit)
 

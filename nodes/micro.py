@@ -18,7 +18,7 @@ class InfiniteIDMicroModel(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDMicroModel",
             display_name="Infinite-ID Micro Model (embedded)",
-            category="Infinite-ID",
+            category="Infinite-ID/embedded",
             description=(
                 "A tiny SDXL-shaped model that ships with the pack, so that every workflow runs "
                 "without a download. Use 128 x 128 pixels. It knows procedural portraits only: "
@@ -47,7 +47,7 @@ class InfiniteIDMicroPortrait(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDMicroPortrait",
             display_name="Infinite-ID Micro Portrait (embedded)",
-            category="Infinite-ID",
+            category="Infinite-ID/embedded",
             description=(
                 "A drawn portrait of a synthetic person whom the Micro Model has never seen: a "
                 "reference for it that is always there. For your own photo use Load Image."

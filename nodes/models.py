@@ -32,7 +32,7 @@ class InfiniteIDFaceModelLoader(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDFaceModelLoader",
             display_name="Infinite-ID Load Face Models",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Loads the models that find and recognise faces, from "
             "models/insightface/models/<pack>. Nothing is downloaded.",
             inputs=[
@@ -91,7 +91,7 @@ class InfiniteIDOpenClipLoader(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDOpenClipLoader",
             display_name="Infinite-ID Load open_clip",
-            category="Infinite-ID",
+            category="Infinite-ID/advanced",
             description="Loads an image encoder from a file in models/clip_vision, in "
             "open_clip's or in transformers' naming.",
             inputs=[
@@ -163,13 +163,14 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
         return io.Schema(
             node_id="InfiniteIDAdapterLoader",
             display_name="Infinite-ID Load Adapter",
-            category="Infinite-ID",
-            description="Loads the trained part of Infinite-ID from models/infinite_id.",
+            category="Infinite-ID/advanced",
+            description="Loads an adapter: of Infinite-ID from models/infinite_id, of IP-Adapter, "
+            "FaceID, InstantID or PuLID from models/ipadapter, instantid or pulid.",
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[EMBEDDED, *folders.adapter_files()],
-                    tooltip="An adapter file (.safetensors) in models/infinite_id. "
+                    options=[EMBEDDED, *folders.adapter_files(), *folders.published_files()],
+                    tooltip="An adapter file, told apart by its contents. "
                     f"'{EMBEDDED}' goes with the Micro Model node.",
                 ),
             ],
@@ -178,11 +179,11 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        return file == EMBEDDED or folders.check(file, folders.adapter_path)
+        return file == EMBEDDED or folders.check(file, folders.adapter_path_of)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None) -> str | float:
-        return EMBEDDED if file == EMBEDDED else folders.mark(file, folders.adapter_path)
+        return EMBEDDED if file == EMBEDDED else folders.mark(file, folders.adapter_path_of)
 
     @classmethod
     @checked
@@ -191,7 +192,7 @@ class InfiniteIDAdapterLoader(io.ComfyNode):
 
         if file == EMBEDDED:
             return io.NodeOutput(embedded.adapter())
-        return io.NodeOutput(load_adapter(folders.adapter_path(file)))
+        return io.NodeOutput(load_adapter(folders.adapter_path_of(file)))
 
 
 class InfiniteIDLoadIdentity(io.ComfyNode):

@@ -17,6 +17,13 @@ KEEPS_PREVIEW: dict[str, Any] = (
     {_FIELD: True} if _FIELD in {field.name for field in fields(io.Schema)} else {}
 )
 
+
+def found_by(*words: str) -> dict[str, Any]:
+    """Other words by which people look for a node, where the host has a place for them."""
+    known = "search_aliases" in {field.name for field in fields(io.Schema)}
+    return {"search_aliases": list(words)} if known else {}
+
+
 logger = logging.getLogger(__name__)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,28 +12,24 @@ from torch import Tensor
 
 from ..infinite_id_core.encoders.clip_vision import ClipVision
 from ..infinite_id_core.encoders.references import (
-    Reference,
     file_of_encoder,
     image_encoder_of,
     needs_face,
-    read_references,
     recogniser_of,
 )
 from ..infinite_id_core.encoders.tower_files import encoder_of_file
 from ..infinite_id_core.errors import FaceModelError, InfiniteIDError, MissingModelsError
-from ..infinite_id_core.faces.find import find_faces_in_batch
 from ..infinite_id_core.faces.pack import load_face_models, recogniser_name
-from ..infinite_id_core.faces.preview import numbered_previews
 from ..infinite_id_core.files.adapter_options import AdapterOptions
 from ..infinite_id_core.files.adapters import family_of
 from ..infinite_id_core.marks import mark_of
 from ..infinite_id_core.method.attention import MAX_STRENGTH, STREAM_PRESETS
-from ..infinite_id_core.method.identity import Identity
 from . import embedded, folders
 from .embedded import EMBEDDED
 from .inputs import checked
+from .kit import Kit
 from .models import IdentityType
-from .page import KEEPS_PREVIEW
+from .page import KEEPS_PREVIEW, found_by
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -46,43 +39,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 READS = (AUTO, "face", "whole picture")
 LORA = ("all rows", "off")
-_KEPT = 8  # people read by one loader
 
 KitType = io.Custom("INFINITE_ID")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Kit:
-    """An adapter and all that reads photos for it."""
-
-    adapter: LoadedAdapter
-    face_analysis: Any | None
-    clip_vision: ClipVision | None
-    lora_strength: float
-    read: OrderedDict[str, tuple[Identity, Tensor]] = field(default_factory=OrderedDict)
-    """Who was read already, and their preview, by a hash of the photos."""
-
-    def person(self, photos: Tensor) -> tuple[Identity, Tensor]:
-        """Who is in photos ``[n, H, W, C]`` of one person; each set of photos is read once."""
-        key = hashlib.sha256(photos.contiguous().cpu().numpy()).hexdigest()
-        if key not in self.read:
-            self.read[key] = self._person(photos)
-            while len(self.read) > _KEPT:
-                self.read.popitem(last=False)
-        self.read.move_to_end(key)
-        return self.read[key]
-
-    def _person(self, photos: Tensor) -> tuple[Identity, Tensor]:
-        adapters, preview = [self.adapter.adapter], photos
-        references = [Reference(photo=photo) for photo in photos]
-        if self.face_analysis is not None:
-            found = find_faces_in_batch(self.face_analysis, photos)
-            references = [
-                Reference(photo=photo, face=seen.chosen[0])
-                for photo, seen in zip(photos, found, strict=True)
-            ]
-            preview = numbered_previews(photos, found)
-        return read_references(references, adapters, self.clip_vision), preview
 
 
 class InfiniteIDLoader(io.ComfyNode):
@@ -349,6 +307,7 @@ class InfiniteIDPerson(io.ComfyNode):
                 io.Image.Output(display_name="preview", tooltip="The photos with numbered faces."),
             ],
             **KEEPS_PREVIEW,
+            **found_by("faceid", "ipadapter", "instantid", "reference", "likeness", "portrait"),
         )
 
     @classmethod

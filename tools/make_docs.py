@@ -21,6 +21,7 @@ REFERENCE = ROOT / "docs" / "nodes.md"
 LOCALES = ROOT / "locales"
 
 CHAPTERS = {
+    "The short way": ("InfiniteIDLoader", "InfiniteIDPerson"),
     "Loading models": (
         "InfiniteIDFaceModelLoader",
         "InfiniteIDOpenClipLoader",
@@ -46,7 +47,15 @@ INTRODUCTION = """\
 All nodes are in the category `Infinite-ID`. This is the text of their help pages, which ComfyUI
 shows when you select a node and press the ⓘ above it.
 
-The usual chain:
+The short way:
+
+```
+Infinite-ID Loader ─┐
+Load Image ──────── Person ─ KSampler ─ VAE Decode ─ Save Image
+Load Checkpoint ────┘
+```
+
+The same in single nodes:
 
 ```
 Load Image ─ Align Face ─ Encode ─┐
@@ -54,8 +63,9 @@ Load Checkpoint ───────────────── Apply ─ KS
 Load Adapter ─────────────────────┘
 ```
 
-The wires in between are `FACEANALYSIS` (insightface's own object, shared with the InstantID and
-PuLID packs), `INFINITE_ID_FACES`, `IDENTITY`, `INFINITE_ID_ADAPTER` and `INFINITE_ID_REGION`.
+The wires in between are `INFINITE_ID` (an adapter and all that reads photos for it), `FACEANALYSIS`
+(insightface's own object, shared with the InstantID and PuLID packs), `INFINITE_ID_FACES`,
+`IDENTITY`, `INFINITE_ID_ADAPTER` and `INFINITE_ID_REGION`.
 """
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from .graph_builder import Graph
 from .workflow_parts import (
+    EMBEDDED,
     MICRO,
     SDXL,
     Kind,
@@ -27,11 +28,75 @@ from .workflow_parts import (
     photo,
     photo_and_person,
     sampled,
+    short_loaders,
     texts,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
+
+
+def one_person(g: Graph, kind: Kind) -> None:
+    about = (
+        "Two nodes: Loader takes an adapter you have (IP-Adapter, FaceID, InstantID, or one of "
+        "Infinite-ID) and finds what it needs; Person takes a photo."
+    )
+    base, kit = short_loaders(g, kind, (about, 110))
+    g.column("2. Who")
+    photos = photo(g, kind, "Reference photo")
+    model, *_ = g.add(
+        "InfiniteIDPerson", preview=240, model=base.model, infinite_id=kit, photos=photos
+    )
+    prompts = texts(g, base, kind)
+    paint(g, base, kind, model, prompts, "one_person")
+
+
+def one_stream_and_two(g: Graph, kind: Kind) -> None:
+    about = (
+        "One photo, one prompt, one seed: as the adapter's authors run it (one stream), and with "
+        "the two streams of Infinite-ID."
+    )
+    base, kit = short_loaders(g, kind, (about, 90))
+    pack = EMBEDDED if kind.micro else "buffalo_l"
+    (faces,) = g.add("InfiniteIDFaceModelLoader", title="Face models for Score", pack=pack)
+    g.column("2. Who")
+    photos = photo(g, kind, "Reference photo")
+    made = {
+        preset: g.add(
+            "InfiniteIDPerson",
+            title=f"Person: {preset}",
+            preview=160,
+            model=base.model,
+            infinite_id=kit,
+            photos=photos,
+            preset=preset,
+        )[0]
+        for preset in ("one stream", "balanced")
+    }
+    prompts = texts(g, base, kind)
+    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size, batch_size=1)
+    pictures = []
+    for preset, model in made.items():
+        g.column(f"4. {preset.capitalize()}")
+        pictures.append(decoded(g, base, kind, model, prompts, empty))
+        name = f"infinite-id/{preset.replace(' ', '_')}"
+        g.add("SaveImage", preview=300, images=pictures[-1], filename_prefix=name)
+    g.column("5. How alike")
+    (both,) = g.add("ImageBatch", image1=pictures[0], image2=pictures[1])
+    g.add(
+        "InfiniteIDScore",
+        preview=160,
+        images=both,
+        face_analysis=faces,
+        reference=photos,
+        prompt="",
+    )
+    g.note(
+        "What to look at",
+        "Picture 0 is the one stream, picture 1 the two. One stream costs half; two follow the "
+        "prompt and its style more closely.",
+        100,
+    )
 
 
 def one_face(g: Graph, kind: Kind) -> None:
@@ -244,6 +309,7 @@ def best_of_batch(g: Graph, kind: Kind) -> None:
 WORKFLOWS: dict[str, Callable[[Graph, Kind], None]] = {
     draw.__name__: draw
     for draw in (
+        one_person,
         one_face,
         style_presets,
         mix_two_people,
@@ -252,6 +318,7 @@ WORKFLOWS: dict[str, Callable[[Graph, Kind], None]] = {
         two_people,
         small_face_detail,
         best_of_batch,
+        one_stream_and_two,
     )
 }
 

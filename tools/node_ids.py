@@ -1,6 +1,8 @@
 """The node ids that files and workflows of other people depend on: none may ever vanish."""
 
 NODE_IDS = (
+    "InfiniteIDLoader",
+    "InfiniteIDPerson",
     "InfiniteIDFaceModelLoader",
     "InfiniteIDAlignFace",
     "InfiniteIDEncode",

@@ -52,12 +52,18 @@ SDXL = Kind(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """Outputs of the loaders."""
+class Base:
+    """Outputs of the checkpoint's loader."""
 
     model: Out
     clip: Out
     vae: Out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(Base):
+    """Outputs of all loaders."""
+
     faces: Out | None
     vision: Out | None
     adapter: Out
@@ -67,10 +73,7 @@ def loaders(g: Graph, kind: Kind, about: tuple[str, int], *, photo: bool = True)
     """The column of models; without a photo there is nothing to detect or encode."""
     g.column("1. Models")
     g.note("What this does", *about)
-    if kind.micro:
-        model, clip, vae = g.add("InfiniteIDMicroModel")
-    else:
-        model, clip, vae = g.add("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    base = base_model(g, kind)
     adapter_file = EMBEDDED if kind.micro else "infinite-id-sdxl.safetensors"
     (adapter,) = g.add("InfiniteIDAdapterLoader", file=adapter_file)
     faces = vision = None
@@ -83,8 +86,42 @@ def loaders(g: Graph, kind: Kind, about: tuple[str, int], *, photo: bool = True)
             file = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
             (vision,) = g.add("CLIPVisionLoader", clip_name=file)
     g.note("Which models", *(MICRO_NOTE if kind.micro else SDXL_NOTE))
-    return Models(model=model, clip=clip, vae=vae, faces=faces, vision=vision, adapter=adapter)
+    return Models(**vars(base), faces=faces, vision=vision, adapter=adapter)
 
+
+def base_model(g: Graph, kind: Kind) -> Base:
+    """The checkpoint, or the embedded model."""
+    if kind.micro:
+        model, clip, vae = g.add("InfiniteIDMicroModel")
+    else:
+        model, clip, vae = g.add("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    return Base(model=model, clip=clip, vae=vae)
+
+
+def short_loaders(g: Graph, kind: Kind, about: tuple[str, int]) -> tuple[Base, Out]:
+    """The column of models with the loader that finds what an adapter needs."""
+    g.column("1. Models")
+    g.note("What this does", *about)
+    base = base_model(g, kind)
+    (kit,) = g.add("InfiniteIDLoader", preview=130, adapter=EMBEDDED if kind.micro else PLUS_FACE)
+    g.note("Which models", *(MICRO_NOTE if kind.micro else SHORT_NOTE))
+    return base, kit
+
+
+PLUS_FACE = (
+    "ipadapter/ip-adapter-plus-face_sdxl_vit-h.safetensors "
+    "[IP-Adapter plus, plus-face or composition]"
+)
+SHORT_NOTE = (
+    "**Files**\n"
+    "- an SDXL checkpoint in `models/checkpoints`\n"
+    "- `ip-adapter-plus-face_sdxl_vit-h.safetensors` in `models/ipadapter`, or any adapter of "
+    "IP-Adapter, FaceID, InstantID or Infinite-ID\n"
+    "- its image encoder (`CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors`) in `models/clip_vision`\n"
+    "- the face models `buffalo_l` in `models/insightface/models`\n\n"
+    "Run it: what is missing is named.",
+    230,
+)
 
 MICRO_NOTE = (
     "**Embedded default.** Nothing to download: these loaders read tiny models that ship with "
@@ -118,7 +155,7 @@ def photo_and_person(
     g.column(title)
     image = photo(g, kind, "Reference photo", number)
     faces, *_ = g.add("InfiniteIDAlignFace", preview=240, face_analysis=m.faces, image=image)
-    (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision)
+    (identity,) = g.add("InfiniteIDEncode", faces=faces, clip_vision=m.vision, adapter=m.adapter)
     return image, identity
 
 
@@ -132,13 +169,13 @@ def photo(g: Graph, kind: Kind, title: str, number: int = 0) -> Out:
     return image
 
 
-def texts(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
+def texts(g: Graph, m: Base, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
     """Positive and negative conditioning, in a column of their own."""
     g.column("3. What to paint")
     return conditioning(g, m, kind, prompt)
 
 
-def conditioning(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
+def conditioning(g: Graph, m: Base, kind: Kind, prompt: str | None = None) -> tuple[Out, Out]:
     """Positive and negative conditioning."""
     (positive,) = g.add("CLIPTextEncode", title="Prompt", clip=m.clip, text=prompt or kind.prompt)
     (negative,) = g.add("CLIPTextEncode", title="Negative prompt", clip=m.clip, text=kind.negative)
@@ -147,7 +184,7 @@ def conditioning(g: Graph, m: Models, kind: Kind, prompt: str | None = None) -> 
 
 def paint(
     g: Graph,
-    m: Models,
+    m: Base,
     kind: Kind,
     model: Out,
     texts: tuple[Out, Out],
@@ -161,7 +198,7 @@ def paint(
 
 def sampled(
     g: Graph,
-    m: Models,
+    m: Base,
     kind: Kind,
     model: Out,
     texts: tuple[Out, Out],
@@ -175,7 +212,7 @@ def sampled(
 
 
 def decoded(
-    g: Graph, m: Models, kind: Kind, model: Out, texts: tuple[Out, Out], start: Out, **values: Any
+    g: Graph, m: Base, kind: Kind, model: Out, texts: tuple[Out, Out], start: Out, **values: Any
 ) -> Out:
     """The picture that sampling makes of the latent ``start``."""
     (latent,) = g.add(

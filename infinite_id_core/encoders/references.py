@@ -30,6 +30,17 @@ class Reference:
     """The person's; None where no adapter needs one."""
 
 
+def references_of(faces: Sequence[AlignedFace]) -> list[Reference]:
+    """Aligned faces as references. Raises ``EncoderError`` where a photo was not kept."""
+    photos = [face.photo for face in faces]
+    found = [
+        Reference(photo=p, face=f) for p, f in zip(photos, faces, strict=True) if p is not None
+    ]
+    if len(found) < len(faces):
+        raise EncoderError("These faces came without their photos. Find them again by Align Face.")
+    return found
+
+
 def needs_face(adapters: Sequence[Adapter]) -> bool:
     """Whether any of them reads a face, or the picture of one."""
     readings = (reading for adapter in adapters for reading in adapter.needs.values())

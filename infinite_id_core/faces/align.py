@@ -43,6 +43,8 @@ class AlignedFace:
     recogniser: str
     """``<pack>/<model>``, e.g. ``buffalo_l/w600k_r50``."""
     detected: DetectedFace
+    photo: Tensor | None = None
+    """The picture it is of, ``[H, W, C]``; None: not kept, and then cut no other way."""
     index: int = 0
     """Number of the face in its picture, as in the numbered preview."""
     frame: int = 0

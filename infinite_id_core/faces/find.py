@@ -194,6 +194,7 @@ def _chosen(
             embedding=read_face(app, image, found.detected[i]),
             recogniser=name,
             detected=found.detected[i],
+            photo=image,
             index=i,
             frame=frame,
         )

@@ -1,0 +1,55 @@
+"""An adapter and all that reads photos for it: what goes along the wire INFINITE_ID."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..infinite_id_core.encoders.clip_vision import ClipVision
+from ..infinite_id_core.encoders.references import Reference, read_references
+from ..infinite_id_core.faces.find import find_faces_in_batch
+from ..infinite_id_core.faces.preview import numbered_previews
+from ..infinite_id_core.method.identity import Identity
+
+if TYPE_CHECKING:
+    from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
+
+_KEPT = 8  # people read by one loader
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kit:
+    """An adapter and all that reads photos for it."""
+
+    adapter: LoadedAdapter
+    face_analysis: Any | None
+    clip_vision: ClipVision | None
+    lora_strength: float
+    read: OrderedDict[str, tuple[Identity, Tensor]] = field(default_factory=OrderedDict)
+    """Who was read already, and their preview, by a hash of the photos."""
+
+    def person(self, photos: Tensor) -> tuple[Identity, Tensor]:
+        """Who is in photos ``[n, H, W, C]`` of one person; each set of photos is read once."""
+        key = hashlib.sha256(photos.cpu().numpy().tobytes()).hexdigest()
+        if key not in self.read:
+            self.read[key] = self._person(photos)
+            while len(self.read) > _KEPT:
+                self.read.popitem(last=False)
+        self.read.move_to_end(key)
+        return self.read[key]
+
+    def _person(self, photos: Tensor) -> tuple[Identity, Tensor]:
+        adapters, preview = [self.adapter.adapter], photos
+        references = [Reference(photo=photo) for photo in photos]
+        if self.face_analysis is not None:
+            found = find_faces_in_batch(self.face_analysis, photos)
+            references = [
+                Reference(photo=photo, face=seen.chosen[0])
+                for photo, seen in zip(photos, found, strict=True)
+            ]
+            preview = numbered_previews(photos, found)
+        return read_references(references, adapters, self.clip_vision), preview
