@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 
 from infinite_id_core.files import adapters
 from infinite_id_core.files.adapter_options import AdapterOptions
+from infinite_id_core.files.safetensors_file import SafetensorsFile
+from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.records import PublishedRecord
 from infinite_id_core.sdxl import layers as core_layers
@@ -73,6 +76,21 @@ def test_every_family_in_every_container(family, container, tmp_path):
     assert adapter.config.context_width == SMALL.context
     check_numbers(adapter, made)
     assert not any(p.requires_grad for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("container", ["nested pickle", "flat safetensors"])
+@pytest.mark.parametrize("family", files.PROJECTORS)
+def test_what_a_file_is_is_known_without_reading_it(family, container, tmp_path, monkeypatch):
+    path = files.write(tmp_path / "a", container, files.made(family))
+    whole = read(path)
+
+    def no(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(SafetensorsFile, "tensor", no)
+    monkeypatch.setattr(StoredTensor, "read", no)
+    found = adapters.describe_adapter(path, OPTIONS)
+    assert found.record == whole.config and dict(found.needs) == dict(whole.needs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -296,3 +314,32 @@ def test_true_sizes_are_built(family):
     assert {n.removeprefix("image_proj."): tuple(t.shape) for n, t in state.items()} == wanted
     counts = {"plus": 51, "raw face": 51, "pulid v1": 110, "pulid v1.1": 172}
     assert len(wanted) == counts.get(family, len(wanted))
+
+
+@pytest.mark.parametrize("family", ["base H", "plus", "faceid", "plus v2"])
+def test_layers_are_where_diffusers_puts_them(family, tmp_path):
+    """diffusers loads the same dictionaries into a UNet, by numbers of its own."""
+    from infinite_id_core.hosts.diffusers_unet import unet_layers
+
+    from . import train_world
+
+    unet = train_world.micro_unet()
+    layers = unet_layers(unet)
+    sizes = dataclasses.replace(
+        SMALL,
+        context=train_world.CONTEXT,
+        layers=tuple(
+            files.Layer(number=2 * i + 1, path=layer.path, width=layer.width)
+            for i, layer in enumerate(layers)
+        ),
+    )
+    made = {**files.made(family, sizes), "ip_adapter": files.filled(files.key_values(sizes), 4)}
+    path = files.write(tmp_path / "a", "nested pickle", made, sizes)
+    adapter = adapters.read_adapter(path, options=AdapterOptions(layers=layers))
+    unet._load_ip_adapter_weights([made], low_cpu_mem_usage=False)
+    assert len(layers) > 3 and {y.path.split("_")[0] for y in layers} == {"down", "up", "mid"}
+    for layer in layers:
+        theirs = unet.attn_processors[f"{layer.path}.attn2.processor"]
+        ours = adapter.key_value(layer.path)
+        assert torch.equal(ours.to_k.weight, theirs.to_k_ip[0].weight)
+        assert torch.equal(ours.to_v.weight, theirs.to_v_ip[0].weight)
