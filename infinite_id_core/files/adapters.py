@@ -9,6 +9,7 @@ import torch
 
 from ..errors import OtherFamilyError, WrongFormatError
 from ..method.adapter import Adapter
+from ..method.records import AdapterDescription
 from .adapter_options import AdapterOptions
 from .checked import what_it_is
 from .infinite_id_format import InfiniteIdFormat
@@ -25,6 +26,11 @@ class AdapterFormat(Protocol):
 
     def recognises(self, header: Header) -> bool:
         """Whether a file with this header is of this kind, sound or not."""
+
+    def describe(
+        self, file: TensorFile, options: AdapterOptions | None = None
+    ) -> AdapterDescription:
+        """What an open file holds, by its header. Raises subclasses of ``FileError``."""
 
     def build(
         self, file: TensorFile, operations: Any = torch.nn, options: AdapterOptions | None = None
@@ -61,6 +67,13 @@ def format_of(path: Path, header: Header) -> AdapterFormat:
         path, f"expected an adapter of one of these families: {families}. As metadata format it "
         f"{what_it_is(header)}.{advice}"
     )  # fmt: skip
+
+
+def describe_adapter(path: str | Path, options: AdapterOptions | None = None) -> AdapterDescription:
+    """What ``read_adapter`` would give, without reading a tensor. Raises as that does."""
+    path = Path(path)
+    with open_tensors(path) as file:
+        return format_of(path, file.header).describe(file, options)
 
 
 def read_adapter(

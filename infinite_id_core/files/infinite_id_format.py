@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError, MissingTensorError, NotWrittenError, OptionError
 from ..method.adapter import Adapter, assembled
 from ..method.projectors import FACE_HIDDEN, Mappers
-from ..method.records import AdapterConfig
+from ..method.records import AdapterConfig, AdapterDescription
 from .adapter_options import AdapterOptions
 from .checked import (
     Shapes,
@@ -48,22 +48,35 @@ class InfiniteIdFormat:
         """By the format that the metadata name."""
         return header.metadata.get("format") == ADAPTER_FORMAT
 
+    def describe(
+        self, file: TensorFile, options: AdapterOptions | None = None
+    ) -> AdapterDescription:
+        """See ``AdapterFormat``."""
+        config = _checked_config(file)
+        return AdapterDescription(record=config, needs=config.needs)
+
     def build(
         self, file: TensorFile, operations: Any = torch.nn, options: AdapterOptions | None = None
     ) -> Adapter:
         """An adapter of the file's own type. Raises subclasses of ``FileError``; nothing is read
         from a file that fails any check. It says all by itself and takes no ``options``."""
-        path, header = file.path, file.header
-        check_format(path, header, ADAPTER_FORMAT)
-        version_of(path, header, ADAPTER_VERSION)
-        try:
-            config = AdapterConfig.from_json(config_of(path, header))
-        except OptionError as error:
-            raise ConfigError(path, f"bad adapter configuration: {error}") from error
-        shapes = shapes_of(header)
-        check_shapes(path, shapes, _wanted(path, config, shapes))
-        check_sizes(file)
-        return build_adapter(config, {n: file.tensor(n) for n in header.tensors}, operations)
+        config = _checked_config(file)
+        return build_adapter(config, {n: file.tensor(n) for n in file.header.tensors}, operations)
+
+
+def _checked_config(file: TensorFile) -> AdapterConfig:
+    """The configuration of a file whose tensors are those that it asks for."""
+    path, header = file.path, file.header
+    check_format(path, header, ADAPTER_FORMAT)
+    version_of(path, header, ADAPTER_VERSION)
+    try:
+        config = AdapterConfig.from_json(config_of(path, header))
+    except OptionError as error:
+        raise ConfigError(path, f"bad adapter configuration: {error}") from error
+    shapes = shapes_of(header)
+    check_shapes(path, shapes, _wanted(path, config, shapes))
+    check_sizes(file)
+    return config
 
 
 def build_adapter(

@@ -116,6 +116,15 @@ class PublishedRecord(AdapterRecord):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterDescription:
+    """What is known of an adapter's file before its tensors are read."""
+
+    record: AdapterRecord
+    needs: Mapping[str, Reading]
+    """The features it reads of a person, by name."""
+
+
 def check_width(name: str, width: int) -> None:
     """Raise ``OptionError`` where a width, or number of tokens, cannot be one."""
     if not 1 <= width <= MAX_WIDTH:

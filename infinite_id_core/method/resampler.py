@@ -175,7 +175,7 @@ class FaceResampler(Projector):
             return super().of_person(features, weight)
         if self.references == "mean":
             share = (weight / weight.sum()).to(face)
-            return self({FACE: (share @ face)[None]})  # type: ignore[no-any-return]
+            return self.forward({FACE: (share @ face)[None]})
         return cast(Tensor, self.image_proj(face[None], weight.log().to(face.device)))
 
     def of_nobody(self, features: Mapping[str, Tensor], weight: Tensor) -> Tensor:

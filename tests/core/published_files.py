@@ -5,6 +5,7 @@ Names and shapes are written down here from the published files' own, without th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ SMALL = Sizes(
     context=32, width=48, heads=2, face_heads=3, tokens=5, face_hidden=1024, rank=4,
     pulid=24, former_heads=2, former_tokens=6, eva=20, level=28,
 )  # fmt: skip
+
+WIDE = dataclasses.replace(TRUE, layers=SMALL.layers)
+"""Projectors of true size, and few layers."""
 
 
 # --- projectors ------------------------------------------------------------------------------

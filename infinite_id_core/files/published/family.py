@@ -12,7 +12,8 @@ import torch
 
 from ...errors import MissingTensorError, UnexpectedTensorError, WrongShapeError
 from ...method.adapter import Adapter, MakeProjector, assembled
-from ...method.records import PublishedRecord
+from ...method.projectors import Projector
+from ...method.records import AdapterDescription, PublishedRecord
 from ...sdxl.published_layers import SDXL_LAYERS
 from ..adapter_options import AdapterOptions
 from ..checked import Shapes, check_shapes, check_sizes, shapes_of
@@ -41,6 +42,7 @@ class Found:
 
     @property
     def path(self) -> Path:
+        """The file's."""
         return self.file.path
 
     def size(self, name: str, axis: int, dimensions: int = 2) -> int:
@@ -108,11 +110,25 @@ class PublishedFormat(ABC):
         known = bool(parts.projector) and self.matches(parts.shapes(header))
         return known and refusal(header, parts) is None
 
+    def describe(
+        self, file: TensorFile, options: AdapterOptions | None = None
+    ) -> AdapterDescription:
+        """What it is, by its header alone. Raises as ``build``, but for what tensors hold."""
+        _, plan, projector = self._planned(file, options or AdapterOptions())
+        return AdapterDescription(record=plan.record, needs=projector.needs)
+
     def build(
         self, file: TensorFile, operations: Any = torch.nn, options: AdapterOptions | None = None
     ) -> Adapter:
         """An adapter that holds the file's tensors. Raises subclasses of ``FileError``."""
-        options = options or AdapterOptions()
+        names, plan, _ = self._planned(file, options or AdapterOptions())
+        tensors = {ours: file.tensor(own) for ours, own in names.items()}
+        return assembled(plan.record, plan.make_projector, tensors, operations)
+
+    def _planned(
+        self, file: TensorFile, options: AdapterOptions
+    ) -> tuple[dict[str, str], Plan, Projector]:
+        """Our name of each tensor with the file's own, checked; the plan; its empty projector."""
         parts, shapes = parts_of(file.header.tensors), shapes_of(file.header)
         layers = options.layers or SDXL_LAYERS
         if options.layers is None:
@@ -129,13 +145,11 @@ class PublishedFormat(ABC):
             low_rank=any(name.startswith("low_rank.") for name in names),
         )
         plan = self.plan(found, options)
-        _check_projector(found, plan)
-        tensors = {ours: file.tensor(own) for ours, own in names.items()}
-        return assembled(plan.record, plan.make_projector, tensors, operations)
+        return names, plan, _checked_projector(found, plan)
 
 
-def _check_projector(found: Found, plan: Plan) -> None:
-    """Raise where the file's projector is not the one of the plan, tensor by tensor."""
+def _checked_projector(found: Found, plan: Plan) -> Projector:
+    """The plan's projector, without numbers. Raises where the file's differs in any tensor."""
     with torch.device("meta"):
         projector = plan.make_projector(torch.nn)
     prefix, own = found.parts.prefix, found.parts.projector
@@ -149,6 +163,7 @@ def _check_projector(found: Found, plan: Plan) -> None:
         {own[name]: shape for name, shape in found.shapes.items()},
         {own.get(name, prefix + name): shape for name, shape in wanted.items()},
     )
+    return projector
 
 
 def others_of(found: Found) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,14 +48,13 @@ def parts_of(names: Iterable[str]) -> Parts:
         groups["unet"] = own
     projector = next((g for g in _PROJECTORS if groups.get(g)), "")
     attention = next((g for g in _ATTENTION if groups.get(g)), "")
-    others = Counter({g: len(n) for g, n in groups.items() if g not in (projector, attention)})
-    others.pop("unet", None)
+    taken = (projector, attention, "unet")
     first = next(iter(groups.get(projector, {}).items()), ("", ""))
     return Parts(
         prefix=first[1].removesuffix(first[0]),
         projector=groups.get(projector, {}),
         attention=groups.get(attention, {}),
-        others=dict(others),
+        others={group: len(inside) for group, inside in groups.items() if group not in taken},
     )
 
 

@@ -127,6 +127,8 @@ def test_sound_files_are_read(tmp_path):
     path.write_bytes(hostile_files.adapter().bytes())
     adapter = adapters.read_adapter(path)
     assert adapter.widths == hostile_files.LAYERS
+    found = adapters.describe_adapter(path)
+    assert found.record == adapter.config and found.needs == adapter.needs
     assert (adapter.config.clip_width, adapter.config.face_tokens) == (6, 2)
     path.write_bytes(hostile_files.identity(3).bytes())
     identity = identities.read_identity(path)
