@@ -127,7 +127,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_float16_is_read_without_a_second_copy(container, tmp_path):
     made = files.made("pulid v1", files.WIDE, dtype=torch.float16)
     path = files.write(tmp_path / "a", container, made, files.WIDE)
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(here.parents[1]), str(here), str(path)],
         capture_output=True, text=True, timeout=300, check=True,
@@ -325,7 +325,7 @@ def test_layers_are_where_diffusers_puts_them(family, tmp_path):
     """diffusers loads the same dictionaries into a UNet, by numbers of its own."""
     from infinite_id_core.hosts.diffusers_unet import unet_layers
 
-    from . import train_world
+    from .. import train_world
 
     unet = train_world.micro_unet()
     layers = unet_layers(unet)

@@ -22,8 +22,8 @@ from infinite_id_core.hosts.diffusers_unet import unet_layers
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.identity import Identity
 
-from . import published_files as files
-from . import train_world
+from .. import published_files as files
+from .. import train_world
 from .test_published_projectors import person
 
 C = train_world.CONTEXT
