@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from infinite_id_core.errors import shown
+
 from .errors import ConfigValueError
 
 
@@ -14,7 +16,9 @@ def in_range(section: str, values: Any, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(values, name)
         if not low <= value <= high:
-            raise ConfigValueError(f"{section}.{name} must lie in [{low}, {high}], got {value!r}.")
+            raise ConfigValueError(
+                f"{section}.{name} must lie in [{low}, {high}], got {shown(value)}."
+            )
 
 
 def below(lower: str, low: int, upper: str, high: int) -> None:

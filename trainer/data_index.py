@@ -15,10 +15,10 @@ from PIL import Image
 
 from infinite_id_core.errors import OptionError
 
-from .errors import FilterError
+from .errors import FilterError, ShardDamagedError
 from .index_file import Row as Row
 from .index_file import Split, read_index
-from .shards import Embedding, ShardReader, decode_photo
+from .shards import SHARDS, Embedding, ShardReader, decode_photo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,17 @@ class Dataset:
         return self._reader.photo(row.shard, row.offset, row.size, row.sha256)
 
     def photo(self, number: int) -> Image.Image:
-        """The photo upright in RGB; ``row(number).box`` is in its pixels."""
-        return decode_photo(self.photo_bytes(number))
+        """The photo upright in RGB; ``row(number).box`` is in its pixels.
+
+        Raises ``ShardDamagedError``, also where it has another size than the index says.
+        """
+        photo, row = decode_photo(self.photo_bytes(number)), self.row(number)
+        if photo.size != (row.width, row.height):
+            raise ShardDamagedError(
+                self.folder / SHARDS / row.shard, f"{row.key} is {photo.width} x {photo.height} "
+                f"pixels; the index says {row.width} x {row.height}."
+            )  # fmt: skip
+        return photo
 
     def face(self, number: int) -> Embedding:
         """The raw (not normed) face embedding, ``[512]`` float32."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
@@ -128,6 +128,8 @@ def read_index(folder: str | Path) -> tuple[pa.Table, DatasetInfo]:
         ) from error  # fmt: skip
     info = _info(path, table)
     try:
+        if table["dropped"].null_count:
+            raise DatasetError(path, "does not say of every row whether it was left out (dropped).")
         _check_rows(path, table.filter(pc.equal(table["dropped"], "")))
     except (pa.ArrowException, ValueError) as error:
         raise DatasetError(path, f"has impossible rows ({_short(error)}).") from error
@@ -244,11 +246,39 @@ def _check_rows(path: Path, kept: pa.Table) -> None:
         flat = kept[name].combine_chunks().flatten()
         good = pc.is_finite(flat).fill_null(False).to_numpy(zero_copy_only=False)
         check(name, f"{width} finite numbers", good.reshape(len(kept), width).all(1))
+    _check_faces(kept, check)
     people = kept["identity"].to_numpy(zero_copy_only=False)
+    if len(set(kept["key"].to_pylist())) < len(kept):
+        raise DatasetError(path, "has two rows of one key.")
+    sides = dict(zip(people, kept["split"].to_pylist(), strict=True))
+    check("identity", "a name", np.array([bool(name) for name in people], bool))
+    check(
+        "split",
+        "the same for all photos of a person",
+        np.array([sides[p] for p in people]) == np.array(kept["split"].to_pylist()),
+    )
     if len(people) and 1 + int((people[1:] != people[:-1]).sum()) != len(set(people)):
         raise DatasetError(path, "has people whose photos do not stand together.")
 
 
+def _check_faces(kept: pa.Table, check: Callable[[str, str, NDArray[np.bool_]], None]) -> None:
+    """Boxes and landmarks lie about the picture, and scores are numbers."""
+    if not len(kept):
+        return
+    sides = np.stack([kept["width"].to_numpy(), kept["height"].to_numpy()], axis=1)
+    box = kept["box"].combine_chunks().flatten().to_numpy().reshape(-1, 2, 2)
+    points = kept["landmarks"].combine_chunks().flatten().to_numpy().reshape(-1, 5, 2)
+    reach = 2.0 * sides[:, None, :]  # a face may reach out of its picture
+    about = ((box >= -reach) & (box <= 2 * reach)).all((1, 2))
+    check("box", "a place in its picture", about & (box[:, 0] < box[:, 1]).all(1))
+    near = ((points >= -reach) & (points <= 2 * reach)).all((1, 2))
+    apart = np.ptp(points, axis=1).max(1) > 0
+    check("landmarks", "five places in its picture", near & apart)
+    for name in _NUMBERS:
+        check(name, "a finite number", np.isfinite(kept[name].to_numpy()))
+
+
+_NUMBERS = ("det_score", "face_size", "face_share", "blur", "yaw", "pitch", "roll", "similarity")
 _POSSIBLE: tuple[tuple[str, int, int], ...] = (
     ("offset", 0, 2**62),
     ("size", 1, 2**31),

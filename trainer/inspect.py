@@ -142,18 +142,28 @@ def _tensors_of(path: Path, values: Any) -> list[tuple[str, StoredTensor]]:
     """All tensors of nested dictionaries and lists, with their places."""
     found: list[tuple[str, StoredTensor]] = []
     waiting: list[tuple[str, Any]] = [("", values)]
-    seen = 0
+    seen: set[int] = set()
+    entries = 0
     while waiting:
         name, value = waiting.pop()
-        seen += 1
-        if seen > _MAX_ENTRIES:  # containers that hold one another have no end
-            raise UnknownFileError(path, f"has more than {_MAX_ENTRIES} entries.")
+        if id(value) in seen:  # each once: containers that hold one another have no end
+            continue
         if isinstance(value, StoredTensor):
             found.append((name, value))
-        elif isinstance(value, Mapping):
-            waiting += [(f"{name}.{key}"[-200:], entry) for key, entry in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(f"{name}.{i}"[-200:], entry) for i, entry in enumerate(value)]
+        elif isinstance(value, Mapping | list | tuple):
+            entries += len(value)
+            if entries > _MAX_ENTRIES:
+                raise UnknownFileError(path, f"has more than {_MAX_ENTRIES} entries.")
+            inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}.{str(key)[:200]}"[-200:], entry) for key, entry in inside]
+        else:
+            continue
+        seen.add(id(value))
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for _, t in found)
+    if size > 2 * path.stat().st_size:
+        raise UnknownFileError(
+            path, f"has {size} bytes of tensors, more than twice its own size: they share memory."
+        )
     return found
 
 

@@ -21,6 +21,13 @@ def decode_text(data: bytes) -> str:
     8-bit encoding of western Europe, where the bytes look like it. Raises ``ValueError`` that
     says what to write instead.
     """
+    text = _text_of(data)
+    if _CONTROL.search(text):
+        raise ValueError(f"holds control characters, so its encoding was not told. {_SAVE}")
+    return text
+
+
+def _text_of(data: bytes) -> str:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return _decoded(data[len(mark) :], encoding)
@@ -66,4 +73,5 @@ def _western(data: bytes) -> str:
 
 # Dots, quotes, dashes, a fixed space, guillemets: beside letters in any text.
 _WESTERN_MARKS = re.compile(rb"[\x85\x91-\x94\x96\x97\xa0\xa1\xab\xbb\xbf]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _SAVE = "Save it as UTF-8."

@@ -22,7 +22,7 @@ _PATH = re.compile(r'(?m)^[^#\n]*?"((?:[^"\\\n]|\\\\)*\\(?![\\"])[^"\n]*)"')
 # ... that is a drive's, or starts no escape of TOML's.
 _NO_ESCAPE = re.compile(r'[A-Za-z]:|(?:[^\\]|\\\\)*\\(?![\\"btnfre]|[uU][0-9A-Fa-f]{4})')
 _LIMIT = 2**24  # bytes of a file
-_CONTROL = re.compile("[\b\t\f\r\x1b]")  # what \b, \t, \f, \r and \e stand for
+_CONTROL = re.compile("[\x00\b\t\f\r\x1b]")  # NUL, and what \b, \t, \f, \r and \e stand for
 _ONE_WORD = re.compile(r"[^\s]+\n[^\s]+")  # of a path; texts of two lines have spaces
 _DRIVE = re.compile(r"[A-Za-z]:[\x00-\x1f]")
 

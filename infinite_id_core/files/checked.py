@@ -56,7 +56,7 @@ def version_of(path: Path, header: Header, newest: int) -> int:
     """The version of the format. Raises ``ConfigError``, ``NewerVersionError``."""
     version = header.metadata.get("version", "")
     if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
-        raise ConfigError(path, f"version must be a whole number, found {version!r}.")
+        raise ConfigError(path, f"version must be a whole number, found {version[:40]!r}.")
     if int(version) > newest:
         raise NewerVersionError(
             path, f"was written in version {version} of the format; this release reads up to "

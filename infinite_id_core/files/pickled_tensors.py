@@ -24,6 +24,7 @@ from .system import reading
 
 MAX_TENSORS = 100_000
 _MAX_DEPTH = 8
+_MAX_NAME = 1000  # letters; copied for each tensor below
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "identity")
 
 
@@ -82,7 +83,9 @@ def flat_tensors(path: Path, values: Any) -> dict[str, StoredTensor]:
     waiting: list[tuple[str, Any, int]] = [("", _unwrapped(values), 0)]
     while waiting:
         prefix, value, depth = waiting.pop()
-        seen += 1
+        seen += len(value) if isinstance(value, Mapping) else 0
+        if len(prefix) > _MAX_NAME:
+            raise NotConvertibleError(path, f"has a name of more than {_MAX_NAME} letters.")
         if seen > MAX_TENSORS or depth > _MAX_DEPTH:
             # Few dictionaries that hold one another have more names than any file.
             raise NotConvertibleError(
@@ -92,7 +95,8 @@ def flat_tensors(path: Path, values: Any) -> dict[str, StoredTensor]:
         if isinstance(value, StoredTensor):
             result[_printable(path, prefix.removesuffix("."))] = value
         elif isinstance(value, Mapping):
-            entries = [(f"{prefix}{name}.", inner, depth + 1) for name, inner in value.items()]
+            names = {name: str(name)[: _MAX_NAME + 1] for name in value}
+            entries = [(f"{prefix}{names[n]}.", inner, depth + 1) for n, inner in value.items()]
             waiting += reversed(entries)
     return result
 

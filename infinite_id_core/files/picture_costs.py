@@ -13,7 +13,7 @@ _SCANNED = 2**32  # pixels times scans: seconds
 _TILE = 2**22  # pixels of a tile, whatever the size of its picture
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # but for those in a scan
-_SCAN, _END = 0xDA, 0xD9
+_FIRST, _SCAN, _END = 0xC0, 0xDA, 0xD9
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags
 
 
@@ -51,5 +51,7 @@ def _scans(jpeg: bytes, most: int) -> int:
             break
         scans += jpeg[found.end() - 1] == _SCAN
         length = int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
-        at = found.end() + max(2, length)
+        # A decoder steps over marks that mean nothing, and finds the next scan behind them.
+        is_segment = jpeg[found.end() - 1] >= _FIRST
+        at = found.end() + (max(2, length) if is_segment else 0)
     return scans

@@ -220,6 +220,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise DamagedPictureError("holds numbers that are none")
         top = 255.0 if values.max(initial=0.0) <= 255.0 else 65535.0
         image = Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

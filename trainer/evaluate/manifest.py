@@ -63,8 +63,8 @@ def read_manifest(path: str | Path) -> list[Row]:
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    _check_columns(path, reader.fieldnames or [])
     try:
+        _check_columns(path, reader.fieldnames or [])
         for record in reader:
             cells = {k: from_csv_cell(v) for k, v in record.items() if isinstance(v, str)}
             yield reader.line_num, cells
@@ -78,7 +78,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(path, f"line {number} is no JSON ({error}).") from error
         if not isinstance(record, dict):
             raise ManifestError(path, f"line {number} is no JSON object.")

@@ -7,6 +7,7 @@ made of the words its captions know.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def load_prompt_set(name: str, subject: str = "a person") -> tuple[EvalPrompt, .
     ]
     if not prompts:
         raise PromptSetError(path, "holds no prompt. Write lines 'category | prompt'.")
-    texts = [prompt.text for prompt in prompts]
-    twice = sorted({text for text in texts if texts.count(text) > 1})
+    counts = Counter(prompt.text for prompt in prompts)
+    twice = sorted(text for text, count in counts.items() if count > 1)
     if twice:
         raise PromptSetError(path, f"has {len(twice)} prompts twice, such as {twice[0]!r}.")
     return tuple(prompts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from infinite_id_core.errors import FileError
@@ -34,9 +34,14 @@ def photos_below(
         (Named.of(p, n) for n, p in enumerate(others)),
     )
     used = {others[at] for own in sides.values() for at in own.values()}
+    linked = [p for p in tree.links if p not in chosen]
+    unread = in_folders(
+        (Named.of(p, n) for n, p in enumerate(photos)),
+        (Named.of(p) for p in [*(p for p in others if p not in used), *linked]),
+    )
     problems = [
         *tree.problems,
-        *(Problem.of(p, "other_file", _other(p)) for p in others if p not in used),
+        *(Problem.of(p, "other_file", _other(p, chosen)) for p in others if p not in used),
     ]
     sources = []
     for number, path in enumerate(photos):
@@ -51,6 +56,7 @@ def photos_below(
                 record=None if record is None else Blob(path=others[record]),
                 caption=None if caption is None else Blob(path=others[caption]),
                 identity=printable(path.split("/")[0]) if by_folder else "",
+                unread_record=KINDS[0] in unread.get(number, {}),
             )
         )
     return sources, problems, stats
@@ -73,10 +79,12 @@ def links_of(tree: Tree, wanted: Sequence[str]) -> list[str]:
     return followed
 
 
-def _other(path: str) -> str:
+def _other(path: str, photos: Collection[str]) -> str:
     """Why a file that is no photo is not used."""
     suffix = Named.of(path).suffix
     if suffix in KINDS:
+        if path.removesuffix(suffix) in photos:
+            return "a second one for its photo; only one is read"
         return "no photo of this name is beside it"
     if suffix in ARCHIVES:
         return "an archive; unpack it first"

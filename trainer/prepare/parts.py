@@ -44,6 +44,8 @@ class Source:
     """Its JSON (url, licence, identity)."""
     caption: Blob | None = None
     identity: str = ""
+    unread_record: bool = False
+    """It has another record, which is not read: a second one, or a link."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,10 +65,18 @@ def read_sidecars(root: Path, source: Source, identity_field: str = "") -> Sidec
             values = json.loads(_text_at(root, source.record))
             if not isinstance(values, dict):
                 raise ValueError("is JSON and no object; expected {...}.")
-            record = values
+            record = _lower(values)
         except (PhotoError, ValueError, RecursionError, MemoryError) as error:
             problems.append(_bad_sidecar(source, ".json", error))
-    record_is_bad = bool(problems)
+    record_is_bad = bool(problems) or source.unread_record
+    if source.unread_record:  # which may name another licence than the one that is read
+        record = {name: value for name, value in record.items() if name not in _LICENCE}
+    for name in _LICENCE:
+        value = record.get(name)
+        if value is not None and not (_is_text(value) and str(value).strip()):
+            told = ValueError(f"{name!r} is {type(value).__name__}; expected text.")
+            problems.append(_bad_sidecar(source, ".json", told))
+            record_is_bad = True
     for name in {name: None for name in (*_READ, identity_field)}:
         if _is_too_long(record.get(name)):
             told = ValueError(f"{name!r} {_TOO_LONG}")
@@ -89,6 +97,16 @@ def read_sidecars(root: Path, source: Source, identity_field: str = "") -> Sidec
         record_is_bad=record_is_bad,
         problems=tuple(problems),
     )
+
+
+def _lower(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the names that are read in small letters, as people also capitalise them."""
+    small = {name.lower(): value for name, value in record.items() if name.lower() in _READ}
+    return {**small, **record}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 _TOO_LONG = f"has more than {_LETTERS} letters; it is not used."
@@ -116,6 +134,6 @@ def text_of(record: dict[str, Any], *names: str) -> str:
     """The first entry of a record that is text (or a number)."""
     for name in names:
         value = record.get(name)
-        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+        if _is_text(value) and str(value).strip():
             return printable(str(value).strip())
     return ""

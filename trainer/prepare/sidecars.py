@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def in_folders(photos: Iterable[Named], others: Iterable[Named]) -> dict[int, di
     photos = list(photos)
     found: dict[int, dict[str, int]] = defaultdict(dict)
     left = [other for other in others if other.suffix in KINDS]
-    for fold in (_same, str.casefold):
+    for fold in (_same, _folded):
         known: dict[tuple[str, str], int] = {}
         for other in left:
             known.setdefault((fold(other.stem), other.suffix), other.at)
@@ -72,7 +73,12 @@ def in_folders(photos: Iterable[Named], others: Iterable[Named]) -> dict[int, di
 
 
 def _same(text: str) -> str:
-    return text
+    """macOS writes an accent as a letter of its own, others do not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _folded(text: str) -> str:
+    return _same(text).casefold()
 
 
 def in_tar(photos: Iterable[Named], others: Iterable[Named]) -> dict[int, dict[str, int]]:
@@ -103,10 +109,11 @@ def in_tar(photos: Iterable[Named], others: Iterable[Named]) -> dict[int, dict[s
 def _runs(members: list[Named]) -> dict[int, int]:
     """The number of the run of one sample that each member stands in."""
     runs: dict[int, int] = {}
-    number, sample = 0, ""
+    number, sample, seen = 0, "", set[str]()
     for member in sorted(members, key=lambda member: member.at):
-        number += member.sample != sample
-        sample = member.sample
+        if member.sample != sample or member.whole in seen:  # the same sample, written again
+            number, sample, seen = number + 1, member.sample, set()
+        seen.add(member.whole)
         runs[member.at] = number
     return runs
 

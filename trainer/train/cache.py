@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from io import BufferedReader
@@ -62,6 +63,7 @@ class FeatureCache:
         self._packs: dict[str, Path] = {}
         self._seen: set[Path] = set()
         self._open: OrderedDict[Path, tuple[SafetensorsFile, BufferedReader]] = OrderedDict()
+        self._process = os.getpid()
         self.refresh()
 
     def refresh(self) -> None:
@@ -140,6 +142,8 @@ class FeatureCache:
         return tensor
 
     def _opened(self, path: Path) -> SafetensorsFile:
+        if self._process != os.getpid():  # a forked reader shares its parent's place in each file
+            self._open, self._process = OrderedDict(), os.getpid()
         known = self._open.pop(path, None)
         if known is None:
             if len(self._open) >= _OPEN:

@@ -23,6 +23,7 @@ from infinite_id_core.files.system import open_regular, reading
 from ..config import TrainConfig
 from ..errors import ResumeError, disk_errors
 from ..files import read_json
+from .state_checks import check_state, check_values
 
 STATE, CONFIG, ADAPTER, AVERAGE = "state.pt", "run.json", "adapter.safetensors", "ema.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
@@ -172,9 +173,12 @@ class Snapshot:
                 begins = changed and not (folder / AVERAGE).exists()
                 name = ADAPTER if begins else AVERAGE
                 self.average.load_state_dict(read_adapter(folder / name).state_dict())
+            groups = [dict(group) for group in self.optimiser.param_groups]
             self.optimiser.load_state_dict(values["optimiser"])
-            _check_state(self.optimiser)
-        except (RuntimeError, ValueError, KeyError, TypeError, FileError) as error:
+            check_state(self.optimiser, groups, read_record(folder).step > 0)
+        except (
+            RuntimeError, ValueError, KeyError, TypeError, AttributeError, FileError,
+        ) as error:  # fmt: skip
             raise _damaged(folder, error) from error
         if changed:
             for group, entries in zip(self.optimiser.param_groups, settings, strict=True):
@@ -194,26 +198,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(values, dict) or not values.keys() >= {"optimiser", "scaler"}:
             raise ValueError(f"{STATE} holds no state of an optimiser")
-        groups, state = (values["optimiser"][name] for name in ("param_groups", "state"))
-        sound = isinstance(groups, list) and isinstance(state, dict)
-        if not sound or not all(isinstance(group, dict) for group in groups):
-            raise ValueError(f"{STATE} holds no state of an optimiser")
+        check_values(values["optimiser"])
     except (
         FileError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError, TypeError,
     ) as error:  # fmt: skip
         raise _damaged(folder, error) from error
     return values
-
-
-def _check_state(optimiser: Any) -> None:
-    """What is as large as its parameter for every optimiser that keeps it. Raises
-    ``ValueError``."""
-    for parameter, state in optimiser.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            value = state.get(name)
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
-                found, wanted = list(value.shape), list(parameter.shape)
-                raise ValueError(f"{STATE}: {name} has the shape {found}; expected {wanted}")
 
 
 def _damaged(folder: Path, error: Exception) -> ResumeError:

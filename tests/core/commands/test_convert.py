@@ -61,6 +61,17 @@ def adapter() -> Adapter:
     return infinite_id_adapter(AdapterConfig(**CONFIG), {LAYER: 8})
 
 
+@pytest.mark.parametrize("name", ["k" * 10**6, "module." * 600_000 + "clip_mapper.x"])
+def test_names_without_end_are_refused_at_once(name, tmp_path):
+    values: dict[str, Any] = {name: torch.zeros(4)}
+    values["own"] = values
+    torch.save(values, tmp_path / "a.pt")
+    started = time.process_time()
+    with pytest.raises(NotConvertibleError, match="1000 letters|without end"):
+        converting.convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    assert time.process_time() - started < 20
+
+
 def test_an_adapter_in_a_wrapper_becomes_an_adapter_file(adapter, tmp_path):
     state = {f"module.{name}": tensor for name, tensor in adapter.state_dict().items()}
     state["unet.conv_in.weight"] = torch.ones(3)

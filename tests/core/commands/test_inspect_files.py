@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_an_oserror_that_nobody_named_is_no_traceback(monkeypatch, capsys):
     assert cli.main(["inspect", "x"]) == 1
     said = capsys.readouterr().err
     assert "some/file" in said and "Permission denied" in said and "Traceback" not in said
+
+
+def test_a_checkpoint_that_grows_without_end_is_told_at_once(tmp_path):
+    many: list[Any] = []
+    many.extend([many] * 300_000)
+    tensor = torch.zeros(1000)
+    for number, values in enumerate((many, [tensor] * 300_000, [tensor[i:] for i in range(900)])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(values, folder / "state.pt")
+        started = time.process_time()
+        inspect_file(folder)
+        assert time.process_time() - started < 20
 
 
 def test_a_parquet_file_that_is_no_index_is_not_taken_for_the_one_beside_it(tmp_path, capsys):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from infinite_id_core.errors import FileError, FileMissingError
 from trainer.config_file import read_config
-from trainer.errors import ConfigSyntaxError
+from trainer.errors import ConfigSyntaxError, ManifestError
 from trainer.evaluate.manifest import read_manifest
 from trainer.evaluate.prompt_sets import load_prompt_set
 from trainer.toml_files import parse_toml, read_toml
@@ -71,6 +72,27 @@ def test_a_path_that_became_two_lines_says_what_to_write_instead():
     with pytest.raises(ConfigSyntaxError, match=r"'data\\new'"):
         parse_toml('folder = "data\\new"', "x.toml")
     assert parse_toml('note = """two lines\nof text"""', "x.toml") == {"note": "two lines\nof text"}
+
+
+def test_no_path_holds_nul():
+    with pytest.raises(ConfigSyntaxError, match="sign that no path has"):
+        parse_toml('folder = "a\\u0000b"', "x.toml")
+
+
+def test_manifests_and_prompts_that_mean_harm_end_by_name_and_at_once(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("[" * 50_000, encoding="utf-8")
+    with pytest.raises(ManifestError, match="no JSON"):
+        read_manifest(path)
+    path = tmp_path / "m.csv"
+    path.write_text("x" * 200_000 + ",image\n1,2\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match="no CSV"):
+        read_manifest(path)
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"a | prompt {n}\n" for n in range(100_000)), encoding="utf-8")
+    started = time.process_time()
+    assert len(load_prompt_set(str(path))) == 100_000
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("read", [read_toml, read_manifest, load_prompt_set])

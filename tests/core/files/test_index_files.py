@@ -79,7 +79,10 @@ def inspect_named(folder: Path) -> None:
         ("face_offset", -1), ("width", 0), ("height", -5), ("faces", 0), ("offset", None),
         ("box", [0.0, 0.0, float("nan"), 1.0]), ("box", None), ("landmarks", [float("inf")] * 10),
         ("identity", None), ("split", "test"), ("split", None), ("caption", None),
-        ("caption", "x" * 2**21),
+        ("caption", "x" * 2**21), ("box", [9e30, 9e30, -9e30, -9e30]), ("box", [1e30] * 4),
+        ("landmarks", [5.0] * 10), ("landmarks", [9e30, 0.0] * 5), ("identity", ""),
+        ("similarity", float("nan")), ("face_size", float("nan")), ("yaw", float("inf")),
+        ("key", f"{1:024x}"), ("split", "held_out"), ("dropped", None),
     ],
 )  # fmt: skip
 def test_impossible_values_of_a_row_are_named(column, value, tmp_path):

@@ -177,6 +177,21 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_undecoded(side, scans, sound, mo
     assert caught.value.too_large
 
 
+def test_scans_behind_a_mark_that_means_nothing_are_counted():
+    whole = with_scans(Image.new("L", (64, 64), 100), 0)
+    at = whole.rindex(b"\xff\xda")
+    scan = b"\xff\x02\xff\xff" + whole[at:-2]
+    with pytest.raises(DamagedPictureError, match="256 scans"):
+        pictures.open_picture(whole[:-2] + scan * 300 + whole[-2:])
+
+
+def test_a_tiff_of_numbers_that_are_none_is_damaged():
+    image = Image.fromarray(np.full((32, 32), np.nan, np.float32))
+    with pytest.raises(PhotoError) as caught:
+        open_photo(encoded(image, "TIFF"), **LIMITS)
+    assert caught.value.reason == "corrupt"
+
+
 def test_a_large_jpeg_may_have_fewer_scans():
     data = with_scans(Image.new("L", (8000, 8000), 100), 70)
     with pytest.raises(DamagedPictureError, match="more than 67 scans"):

@@ -520,6 +520,61 @@ def test_texts_that_are_longer_than_an_index_takes_are_counted_and_left_out(tmp_
     assert len(second.problems) == 3 and {p.reason for p in second.problems} == {"bad_sidecar"}
 
 
+@pytest.mark.parametrize(
+    "record", [{"licence": ["CC BY-NC"]}, {"licence": {"name": "x"}}, {"license": True}]
+)
+def test_a_licence_that_is_no_text_is_unknown(tmp_path, record):
+    touch(tmp_path / "p" / "1.jpg")
+    touch(tmp_path / "p" / "1.json", json.dumps(record).encode())
+    found, _ = listed(tmp_path)
+    beside = reading.read_sidecars(tmp_path, found["p/1.jpg"])
+    assert beside.record_is_bad and [p.reason for p in beside.problems] == ["bad_sidecar"]
+
+
+def test_names_of_a_record_may_be_capitalised(tmp_path):
+    touch(tmp_path / "p" / "1.jpg")
+    touch(tmp_path / "p" / "1.json", b'{"Licence": "CC BY-NC", "Caption": "a person"}')
+    found, _ = listed(tmp_path)
+    beside = reading.read_sidecars(tmp_path, found["p/1.jpg"])
+    assert (beside.record["licence"], beside.caption) == ("CC BY-NC", "a person")
+
+
+@posix
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_record_that_is_not_read_leaves_the_licence_unknown(tmp_path, linked):
+    touch(tmp_path / "in" / "p" / "1.jpg")
+    other = touch(tmp_path / "other.json", b'{"licence": "CC BY-NC"}')
+    if linked:
+        (tmp_path / "in" / "p" / "1.json").symlink_to(other)
+    else:
+        touch(tmp_path / "in" / "p" / "1.json", b'{"licence": "CC0", "caption": "x"}')
+        touch(tmp_path / "in" / "p" / "1.jpg.json", other.read_bytes())
+    found, problems = listed(tmp_path / "in")
+    beside = reading.read_sidecars(tmp_path / "in", found["p/1.jpg"])
+    assert beside.record_is_bad and "licence" not in beside.record
+    assert list(problems.values()) == ["link" if linked else "other_file"]
+
+
+def test_a_sample_written_again_has_its_own_record(tmp_path):
+    members = [("a.jpg", JPEG), ("a.json", b'{"licence": "CC0"}')]
+    make_tar(tmp_path / "x.tar", [*members, ("a.jpg", JPEG), ("a.json", b'{"licence": "NC"}')])
+    found, problems = tar_sources.list_tar(tmp_path, "x.tar")
+    records = [reading.read_sidecars(tmp_path, source).record for source in found]
+    assert [record["licence"] for record in records] == ["CC0", "NC"] and not problems
+
+
+def test_accents_are_matched_however_they_are_spelt(tmp_path):
+    touch(tmp_path / "p" / "e\u0301.jpg")
+    touch(tmp_path / "p" / "\u00e9.txt", b"a caption")
+    found, problems = listed(tmp_path)
+    assert list(captions(tmp_path, found).values()) == ["a caption"] and not problems
+
+
+def test_text_with_control_characters_is_told():
+    with pytest.raises(ValueError, match="Save it as UTF-8"):
+        decode_text("一张照片".encode("utf-16-le"))
+
+
 def test_half_letters_of_json_can_be_written():
     record = json.loads('{"caption": "\\ud800 a \\udfff \\udc80 \\ud83d\\ude00"}')
     text = reading.text_of(record, "caption")

@@ -382,6 +382,31 @@ def other_groups(values: Any) -> Any:
     return values
 
 
+def first_moment(value: Any) -> Any:
+    def damage(values: Any) -> Any:
+        state_of_one = values["optimiser"]["state"][0]
+        if value is None:
+            del state_of_one["exp_avg"]
+        else:
+            state_of_one["exp_avg"] = value(state_of_one["exp_avg"])
+        return values
+
+    return damage
+
+
+def group_entry(name: str, value: Any) -> Any:
+    def damage(values: Any) -> Any:
+        values["optimiser"]["param_groups"][0][name] = value
+        return values
+
+    return damage
+
+
+def no_state(values: Any) -> Any:
+    values["optimiser"]["state"] = {}
+    return values
+
+
 def other_shapes(values: Any) -> Any:
     for state_of_one in values["optimiser"]["state"].values():
         state_of_one["exp_avg"] = torch.zeros(3)
@@ -397,6 +422,15 @@ def other_shapes(values: Any) -> Any:
         lambda values: {**values, "optimiser": {"state": [], "param_groups": {}}},
         other_groups,
         other_shapes,
+        no_state,
+        first_moment(None),
+        first_moment(lambda _: "text"),
+        first_moment(lambda tensor: tensor.to_sparse()),
+        first_moment(lambda tensor: tensor.to(torch.complex64)),
+        first_moment(lambda tensor: tensor * float("nan")),
+        group_entry("amsgrad", True),
+        group_entry("betas", 3),
+        group_entry("eps", None),
     ],
 )
 def test_a_state_of_something_else_is_named(

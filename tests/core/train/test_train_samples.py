@@ -321,6 +321,17 @@ def test_a_pack_that_is_cut_while_it_is_read_has_a_name(tmp_path: Path) -> None:
         cache.read("b")
 
 
+def test_a_forked_reader_has_places_of_its_own_in_the_files(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.write({str(n): torch.full((2**14,), float(n)) for n in range(40)})
+    cache.read("0")
+    handle = next(iter(cache._open.values()))[1]
+    monkey = cache.__dict__
+    monkey["_process"] = -1  # as a child sees it
+    assert torch.equal(cache.read("1"), torch.ones(2**14))
+    assert next(iter(cache._open.values()))[1] is not handle
+
+
 def test_an_entry_of_another_shape_is_named(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path)
     cache.write({"a": torch.ones(4, 8, 8)})
