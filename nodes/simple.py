@@ -99,6 +99,7 @@ class InfiniteIDLoader(io.ComfyNode):
                 ),
             ],
             outputs=[KitType.Output(display_name="infinite_id", tooltip="For Infinite-ID Person.")],
+            **found_by("faceid", "ipadapter", "instantid", "load adapter", "reference"),
         )
 
     @classmethod

@@ -61,41 +61,43 @@ def one_stream_and_two(g: Graph, kind: Kind) -> None:
     (faces,) = g.add("InfiniteIDFaceModelLoader", title="Face models for Score", pack=pack)
     g.column("2. Who")
     photos = photo(g, kind, "Reference photo")
-    made = {
-        preset: g.add(
+    prompts = conditioning(g, base, kind)
+    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size, batch_size=1)
+    pictures = []
+    for number, preset in enumerate(("one stream", "balanced"), 3):
+        g.column(f"{number}. {preset.capitalize()}")
+        model, *_ = g.add(
             "InfiniteIDPerson",
             title=f"Person: {preset}",
-            preview=160,
+            preview=200,
             model=base.model,
             infinite_id=kit,
             photos=photos,
             preset=preset,
-        )[0]
-        for preset in ("one stream", "balanced")
-    }
-    prompts = texts(g, base, kind)
-    (empty,) = g.add("EmptyLatentImage", width=kind.size, height=kind.size, batch_size=1)
-    pictures = []
-    for preset, model in made.items():
-        g.column(f"4. {preset.capitalize()}")
+        )
         pictures.append(decoded(g, base, kind, model, prompts, empty))
-        name = f"infinite-id/{preset.replace(' ', '_')}"
-        g.add("SaveImage", preview=300, images=pictures[-1], filename_prefix=name)
-    g.column("5. How alike")
+    g.column("5. Side by side")
     (both,) = g.add("ImageBatch", image1=pictures[0], image2=pictures[1])
     g.add(
         "InfiniteIDScore",
-        preview=160,
+        preview=160,  # the table
         images=both,
         face_analysis=faces,
         reference=photos,
         prompt="",
     )
+    (beside,) = g.add("ImageStitch", image1=pictures[0], image2=pictures[1])
+    g.add(
+        "SaveImage",
+        preview=300,
+        images=beside,
+        filename_prefix="infinite-id/one_stream_and_two",
+    )
     g.note(
         "What to look at",
-        "Picture 0 is the one stream, picture 1 the two. One stream costs half; two follow the "
-        "prompt and its style more closely.",
-        100,
+        "On the left, and picture 0 in the table, the one stream; on the right the two. One stream "
+        "costs half; two follow the prompt and its style more closely.",
+        110,
     )
 
 

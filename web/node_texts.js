@@ -2,7 +2,7 @@
 // ComfyUI's page does that for pictures only.
 import { app } from "../../scripts/app.js";
 
-const NODES = ["InfiniteIDSaveIdentity", "InfiniteIDScore"];
+const NODES = ["InfiniteIDLoader", "InfiniteIDSaveIdentity", "InfiniteIDScore"];
 const WIDGET = "infinite_id_text";
 const LINE = 16; // pixels
 const MARGIN = 10; // pixels that the page leaves around such a widget, on each side
