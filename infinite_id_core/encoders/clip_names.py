@@ -66,6 +66,12 @@ class Source:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.T.contiguous() if self.turned else whole
 
+    def written(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The file's tensors from ours."""
+        whole, count = tensor.T if self.turned else tensor, len(self.names)
+        parts = whole.chunk(count) if count > 1 else (whole,)
+        return {name: part.contiguous() for name, part in zip(self.names, parts, strict=True)}
+
 
 def same_names(names: Iterable[str], prefix: str) -> dict[str, Source]:
     """A file in our naming."""
@@ -86,6 +92,16 @@ def text_side(names: Iterable[str], found: Collection[str]) -> dict[str, Source]
     return _side(_TEXT, names, found)
 
 
+def text_in_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text tower in our naming as transformers names it."""
+    sources = _sources(_TEXT, state)
+    return {
+        name: part
+        for ours, source in sources.items()
+        for name, part in source.written(state[ours]).items()
+    }
+
+
 def unknown_to_image_side(sources: Mapping[str, Source], found: Iterable[str]) -> list[str]:
     """Names of a file in transformers' naming that belong to the image side and to no source."""
     known = {name for source in sources.values() for name in source.names}
@@ -97,8 +113,10 @@ def unknown_to_image_side(sources: Mapping[str, Source], found: Iterable[str]) -
 
 
 def _side(side: str, names: Iterable[str], found: Collection[str]) -> dict[str, Source] | None:
-    if not any(name.startswith(side) for name in found):
-        return None
+    return _sources(side, names) if any(name.startswith(side) for name in found) else None
+
+
+def _sources(side: str, names: Iterable[str]) -> dict[str, Source]:
     return {name: Source(names=_theirs(side, name), turned=name in _TURNED) for name in names}
 
 

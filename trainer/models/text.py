@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from infinite_id_core.encoders.clip_names import text_in_transformers_names
 from infinite_id_core.errors import FileMissingError, ModelMismatchError
 from infinite_id_core.hosts.diffusers_sample import Prompt
 from infinite_id_core.packages import require
@@ -138,11 +139,10 @@ def _states(
         for prefix, encoder in prefixes.items():
             if name.startswith(prefix):
                 states[encoder][name.removeprefix(prefix)] = read(name)
-    return {name: _in_our_names(state) for name, state in states.items()}
-
-
-def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _from_open_clip(state) if "token_embedding.weight" in state else state
+    return {
+        name: text_in_transformers_names(state) if "token_embedding.weight" in state else state
+        for name, state in states.items()
+    }
 
 
 def _build(state: dict[str, Tensor], name: str, head_width: int, source: str | Path) -> Any:
@@ -202,36 +202,3 @@ def _from_folder(folder: Path, end: str) -> Any:
     place = folder / f"text_encoder{end}"
     loaded = model.from_pretrained(place, use_safetensors=True, local_files_only=True)
     return loaded.float().eval().requires_grad_(False)
-
-
-def _from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names and stacked q, k, v as transformers'."""
-    renamed: dict[str, Tensor] = {}
-    fixed = {
-        "token_embedding.weight": "embeddings.token_embedding.weight",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "ln_final.weight": "final_layer_norm.weight",
-        "ln_final.bias": "final_layer_norm.bias",
-    }
-    inner = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }
-    for name, tensor in state.items():
-        if name in fixed:
-            renamed[f"text_model.{fixed[name]}"] = tensor
-        elif name == "text_projection":  # open_clip multiplies from the other side
-            renamed["text_projection.weight"] = tensor.T.contiguous()
-        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
-        if not match:
-            continue
-        layer = f"text_model.encoder.layers.{match[1]}"
-        if match[2] == "attn.in_proj":
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{layer}.self_attn.{part}_proj.{match[3]}"] = piece.contiguous()
-        elif match[2] in inner:
-            renamed[f"{layer}.{inner[match[2]]}.{match[3]}"] = tensor
-    return renamed
