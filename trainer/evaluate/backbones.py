@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,8 +29,6 @@ ChannelOrder = Literal["rgb", "bgr"]
 CHANNEL_ORDER: tuple[ChannelOrder, ...] = get_args(ChannelOrder)
 
 _DEFAULT_SIDE = 112  # of a recogniser whose file leaves it open
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,25 +104,16 @@ def face_reader(
     options: OnnxInput | None = None,
     detector_size: int = DETECTOR_SIZE,
 ) -> FaceReader:
-    """A pack's folder, an ``.onnx`` file (with the ``detector`` pack), or ``microworld``.
+    """A pack's folder, an ``.onnx`` file (with the ``detector`` pack), or the embedded scorer.
 
-    ``microworld`` is its scorer, which never conditions an adapter. Raises
-    ``UnknownBackboneError``, and what loading raises.
+    That one never conditions an adapter. Raises what loading raises.
     """
-    finder = detector if source.endswith(".onnx") else source
-    faces = face_pack(finder, detector_size)
-    if source.endswith(".onnx"):
-        return OnnxReader(Path(source), faces, options)
-    if source == MICROWORLD:
-        scorer = source_of(source, "unet").path.with_name("scorer.onnx")
-        if scorer.is_file():
-            return OnnxReader(scorer, faces)
-        logger.warning(
-            "The microworld's scorer (%s) is not there. Its recogniser scores instead, which also "
-            "conditions the adapter: likeness is too kind.",
-            scorer.name,
-        )
-    return PackReader(faces)
+    place = source_of(source, "scorer")
+    if place.embedded:
+        detector, options = MICROWORLD, None
+    if place.path.suffix == ".onnx":
+        return OnnxReader(place.path, face_pack(detector, detector_size), options)
+    return PackReader(face_pack(source, detector_size))
 
 
 def clip_model(source: str) -> ClipVision | None:

@@ -17,7 +17,7 @@ from infinite_id_core.files.safetensors_file import SafetensorsFile, open_safete
 MICROWORLD = "microworld"
 """In place of a path: the embedded tiny models."""
 
-Part = Literal["unet", "vae", "text_encoders", "open_clip", "adapter", "face_models"]
+Part = Literal["unet", "vae", "text_encoders", "open_clip", "adapter", "face_models", "scorer"]
 Shape = tuple[int, ...]
 
 
@@ -86,6 +86,7 @@ def source_of(source: str | Path, part: Part) -> Source:
         "open_clip": files.OPEN_CLIP,
         "adapter": files.ADAPTER,
         "face_models": files.FACE_MODELS,
+        "scorer": files.WEIGHTS / "scorer.onnx",
     }
     return Source(path=paths[part], embedded=True)
 

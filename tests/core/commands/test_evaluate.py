@@ -431,10 +431,7 @@ def test_an_onnx_recogniser_agrees_with_insightfaces_own_reading():
 
 
 def test_the_microworlds_scorer_is_the_one_of_its_scoring():
-    from lab.scoring import SCORER
-
-    reader = backbones.face_reader("microworld")
-    assert reader.name == ("weights/scorer" if SCORER.is_file() else "microworld/rec")
+    assert backbones.face_reader("microworld").name == "weights/scorer"
 
 
 def test_unknown_backbones(tmp_path):
