@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infinite_id_core.errors import FileError, UnknownFileError
-from infinite_id_core.files.adapters import read_adapter
+from infinite_id_core.files.adapters import describe_adapter, read_adapter
 from infinite_id_core.files.identities import IDENTITY_FORMAT, read_identity
 from infinite_id_core.files.infinite_id_format import ADAPTER_FORMAT
 from infinite_id_core.files.pickles import open_pickle
@@ -187,9 +187,18 @@ def _safetensors(path: Path) -> Findings:
     ip_adapter = any(n.startswith("ip_adapter.") for n in names)
     findings = Findings(kind="ip-adapter" if ip_adapter else "safetensors")
     findings.facts = {**_sizes(header), "metadata": dict(header.metadata) or "none"}
+    findings.facts |= _published(path)
     findings.tables["tensors"] = _by_prefix(header)
     findings.problems += _numbers(path)
     return findings
+
+
+def _published(path: Path) -> dict[str, str]:
+    """What kind of published adapter a file is, if it is one."""
+    try:
+        return {"adapter": "; ".join(describe_adapter(path).record.summary.splitlines())}
+    except FileError:
+        return {}
 
 
 def _numbers(path: Path) -> list[str]:
@@ -289,9 +298,12 @@ def _by_prefix(header: Header) -> list[tuple[Any, ...]]:
 
 
 def _pickle(path: Path) -> Findings:
+    size, known = {"megabytes": round(path.stat().st_size / 2**20, 2)}, _published(path)
+    if known:  # read by the reader that can call nothing, as the nodes do
+        return Findings(kind="pickle", facts={**size, **known})
     return Findings(
         kind="pickle",
-        facts={"megabytes": round(path.stat().st_size / 2**20, 2)},
+        facts=dict(size),
         problems=[
             "a pickle can run code and was not opened. If you trust its source: "
             "python -m trainer convert IN OUT.safetensors"

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
 from infinite_id_core.encoders.open_clip import OpenClipVision
+from infinite_id_core.encoders.references import (
+    Reference,
+    image_encoder_of,
+    needs_face,
+    read_references,
+    references_of,
+)
 from infinite_id_core.errors import NoFaceError, OptionError
 from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.find import FaceOptions, find_faces
@@ -31,8 +38,9 @@ from infinite_id_core.hosts.diffusers_sample import (
 )
 from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.attention import StreamOptions
-from infinite_id_core.method.face_clip import CLIP
+from infinite_id_core.method.face_clip import CLIP, FACE
 from infinite_id_core.method.identity import Identity
+from infinite_id_core.method.records import AdapterConfig
 
 from .models.face_models import face_pack
 from .models.image_encoder import load_image_encoder
@@ -183,17 +191,30 @@ class IdentityReader:
         """One person of ``photos [H, W, 3]`` in [0, 1], by names for messages.
 
         ``finding`` says which faces (default: the largest of each photo), ``options`` how they
-        are read (default: as the adapter reads them). Raises ``NoFaceError``, and what loading
-        the encoders raises.
+        are read (default: as the adapter reads them). No face is looked for where the adapter
+        needs none. Raises ``NoFaceError``, and what loading the encoders raises.
         """
-        faces: list[AlignedFace] = []
-        for name, photo in photos.items():
-            try:
-                faces += find_faces(self._faces, photo, finding or FaceOptions()).chosen
-            except NoFaceError as error:
-                raise NoFaceError(f"{name}: {error}") from error
-        model = adapter.needs[CLIP].model
+        finding, encoder = finding or FaceOptions(), self._encoder(image_encoder_of(adapter))
+        if adapter.needs.keys() == {FACE, CLIP} and isinstance(adapter.config, AdapterConfig):
+            faces = [f for name, photo in photos.items() for f in self._found(name, photo, finding)]
+            assert encoder is not None
+            return encode_faces(faces, encoder, options or EncodeOptions.of_needs(adapter.needs))
+        if needs_face([adapter]):
+            faces = [f for name, photo in photos.items() for f in self._found(name, photo, finding)]
+            references = references_of(faces)
+        else:
+            references = [Reference(photo=photo) for photo in photos.values()]
+        return read_references(references, [adapter], encoder)
+
+    def _found(self, name: str, photo: Tensor, finding: FaceOptions) -> tuple[AlignedFace, ...]:
+        try:
+            return find_faces(self._faces, photo, finding).chosen
+        except NoFaceError as error:
+            raise NoFaceError(f"{name}: {error}") from error
+
+    def _encoder(self, model: str | None) -> OpenClipVision | None:
+        if model is None:
+            return None
         if model not in self._encoders:
             self._encoders[model] = load_image_encoder(model, self._clip_weights)
-        options = options or EncodeOptions.of_needs(adapter.needs)
-        return encode_faces(faces, self._encoders[model], options)
+        return self._encoders[model]

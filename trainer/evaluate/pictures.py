@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infinite_id_core.encoders.encode import EncodeOptions
 from infinite_id_core.errors import OptionError
 from infinite_id_core.hosts.diffusers_sample import AppliedIdentity
 from infinite_id_core.method.adapter import Adapter
-from infinite_id_core.method.face_clip import CLIP
 from infinite_id_core.method.identity import Identity
 
 from ..errors import disk_errors
@@ -215,8 +213,7 @@ class _Pictures:
         return [AppliedIdentity(adapter=adapter, identity=identity, strength=method.strength)]
 
     def _identity(self, adapter: Adapter, photos: tuple[Path, ...]) -> Identity:
-        options, model = EncodeOptions.of_needs(adapter.needs), adapter.needs[CLIP].model
-        key = (photos, model, options.clip_layer, options.embedding)
+        key = (photos, *sorted((name, repr(reading)) for name, reading in adapter.needs.items()))
         if key not in self.identities:
             read = {str(photo): read_reference(photo) for photo in photos}
             self.identities[key] = self.reader.read(adapter, read)
