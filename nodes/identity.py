@@ -94,29 +94,29 @@ class InfiniteIDEncode(io.ComfyNode):
     def execute(
         cls,
         faces: tuple[AlignedFace, ...],
-        combine: Combine,
+        clip_vision: ClipVision | None = None,
+        combine: Combine = "stack",
         weights: str = "",
         clip_layer: ClipLayer = "last",
         embedding: Embedding = "normed",
-        clip_vision: ClipVision | None = None,
         adapter: LoadedAdapter | None = None,
     ) -> io.NodeOutput:
-        if adapter is not None:
-            counts = parse_weights(weights)
-            found, adapters = references_of(faces), [adapter.adapter]
-            return io.NodeOutput(
-                read_references(found, adapters, clip_vision, combine=combine, weights=counts)
-            )
-        if clip_vision is None:
-            raise OptionError(
-                "Connect clip_vision; or an adapter that reads none, which says so itself."
-            )
         options = EncodeOptions(
             combine=combine,
             weights=parse_weights(weights),
             clip_layer=clip_layer,
             embedding=embedding,
         )
+        if adapter is not None:
+            found, adapters = references_of(faces), [adapter.adapter]
+            identity = read_references(
+                found, adapters, clip_vision, combine=combine, weights=options.weights
+            )
+            return io.NodeOutput(identity)
+        if clip_vision is None:
+            raise OptionError(
+                "Connect clip_vision; or an adapter that reads none, which says so itself."
+            )
         return io.NodeOutput(encode_faces(faces, clip_vision, options))
 
 

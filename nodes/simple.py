@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,13 @@ from ..infinite_id_core.encoders.references import (
     recogniser_of,
 )
 from ..infinite_id_core.encoders.tower_files import encoder_of_file
-from ..infinite_id_core.errors import FaceModelError, InfiniteIDError, MissingModelsError
+from ..infinite_id_core.errors import (
+    FaceModelError,
+    InfiniteIDError,
+    MissingModelsError,
+    OptionError,
+    shown,
+)
 from ..infinite_id_core.faces.pack import load_face_models, recogniser_name
 from ..infinite_id_core.files.adapter_options import AdapterOptions
 from ..infinite_id_core.files.adapters import family_of
@@ -134,6 +140,8 @@ class InfiniteIDLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..infinite_id_core.hosts.comfyui_adapter import load_adapter
 
+        _check("reads", reads, READS)
+        _check("lora", lora, LORA)
         if adapter == EMBEDDED:
             return _loaded(_embedded())
         analysis = None if face_models == AUTO else _face_models(face_models)
@@ -155,6 +163,12 @@ class InfiniteIDLoader(io.ComfyNode):
                 "Nothing is downloaded: put each into its folder and press R in ComfyUI."
             )
         return _loaded(kit)
+
+
+def _check(name: str, value: str, allowed: Collection[str]) -> None:
+    """The floor's ComfyUI takes any text for a choice."""
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}.")
 
 
 def _loaded(kit: Kit) -> io.NodeOutput:
@@ -327,6 +341,7 @@ class InfiniteIDPerson(io.ComfyNode):
         from ..infinite_id_core.hosts.comfyui import apply_identity
         from ..infinite_id_core.hosts.comfyui_lora import with_low_rank
 
+        _check("preset", preset, STREAM_PRESETS)
         identity, preview = infinite_id.person(photos)
         lora = infinite_id.lora_strength if strength else 0.0
         patched = apply_identity(
