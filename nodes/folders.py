@@ -118,7 +118,7 @@ def identity_folder() -> Path:
 
 def clip_vision_files() -> list[str]:
     """Names of the safetensors files in the clip_vision folders."""
-    return [n for n in folder_paths.get_filename_list(CLIP_VISION) if n.endswith(".safetensors")]
+    return [n for n in _files(CLIP_VISION) if n.endswith(".safetensors")]
 
 
 def clip_vision_path(name: str) -> Path:
@@ -181,8 +181,10 @@ def mark(name: Any, find: Callable[[Any], Path]) -> str | float:
 
 
 def _files(kind: str) -> list[str]:
+    """Names of a kind's files. ComfyUI may still list what was removed a moment ago."""
     register()
-    return list(folder_paths.get_filename_list(kind))
+    names = folder_paths.get_filename_list(kind)
+    return [name for name in names if folder_paths.get_full_path(kind, name)]
 
 
 def _find(kind: str, name: str) -> Path:

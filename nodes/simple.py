@@ -54,7 +54,7 @@ class InfiniteIDLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        listed = [f"{name} [{_family(folders.any_adapter_path(name))}]" for name in _listed()]
+        listed = [f"{name} [{_family(name)}]" for name in _listed()]
         return io.Schema(
             node_id="InfiniteIDLoader",
             display_name="Infinite-ID Loader",
@@ -239,8 +239,9 @@ def _listed() -> Sequence[str]:
         return ()
 
 
-def _family(path: Path) -> str:
+def _family(name: str) -> str:
     try:
+        path = folders.any_adapter_path(name)
         return _family_at(path, mark_of(path))
     except InfiniteIDError:
         return "?"

@@ -195,6 +195,22 @@ def test_the_list_tells_the_family(load: Any, simple: Any) -> None:
     assert "ipadapter/plus.bin [IP-Adapter plus, plus-face or composition]" in listed
 
 
+def test_a_file_that_went_a_moment_ago_is_not_listed(
+    load: Any, simple: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI keeps its list where the folder's time is the same; no node may break by that."""
+    listing = simple.folders.folder_paths.get_filename_list
+    stale = {"ipadapter": ["gone.bin"], "infinite_id": ["gone.safetensors"]}
+    monkeypatch.setattr(
+        simple.folders.folder_paths,
+        "get_filename_list",
+        lambda kind: [*listing(kind), *stale.get(kind, [])],
+    )
+    schema = simple.InfiniteIDLoader.define_schema()
+    listed = next(entry for entry in schema.inputs if entry.id == "adapter").options
+    assert listed and not any("gone" in name for name in listed)
+
+
 def test_the_embedded_default_is_two_nodes_as_well(photo: torch.Tensor) -> None:
     micro = execute("InfiniteIDMicroModel").args[0]
     widgets = {"image_encoder": "auto", "face_models": "auto", "reads": "auto"}
