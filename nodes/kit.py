@@ -14,6 +14,7 @@ from ..infinite_id_core.encoders.references import Reference, read_references
 from ..infinite_id_core.faces.find import find_faces_in_batch
 from ..infinite_id_core.faces.preview import numbered_previews
 from ..infinite_id_core.method.identity import Identity
+from ..infinite_id_core.method.low_rank import LowRankUse
 
 if TYPE_CHECKING:
     from ..infinite_id_core.hosts.comfyui_adapter import LoadedAdapter
@@ -28,7 +29,7 @@ class Kit:
     adapter: LoadedAdapter
     face_analysis: Any | None
     clip_vision: ClipVision | None
-    lora_strength: float
+    low_rank: LowRankUse = LowRankUse()
     read: OrderedDict[str, tuple[Identity, Tensor]] = field(default_factory=OrderedDict)
     """Who was read already, and their preview, by a hash of the photos."""
 

@@ -30,6 +30,7 @@ from ..infinite_id_core.files.adapter_options import AdapterOptions
 from ..infinite_id_core.files.adapters import family_of
 from ..infinite_id_core.marks import mark_of
 from ..infinite_id_core.method.attention import MAX_STRENGTH, STREAM_PRESETS
+from ..infinite_id_core.method.low_rank import MAX_LOW_RANK_STRENGTH, LowRankRows, LowRankUse
 from . import embedded, folders
 from .embedded import EMBEDDED
 from .inputs import checked
@@ -44,7 +45,12 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 READS = (AUTO, "face", "whole picture")
-LORA = ("all rows", "off")
+LORA: dict[str, LowRankRows] = {
+    AUTO: "auto",
+    "identity rows": "identity",
+    "all rows": "all",
+    "off": "off",
+}
 
 KitType = io.Custom("INFINITE_ID")
 
@@ -91,15 +97,17 @@ class InfiniteIDLoader(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=list(LORA),
-                    default=LORA[0],
-                    tooltip="FaceID files hold a LoRA: used for the whole model, as their authors "
-                    "do, or left out.",
+                    default=AUTO,
+                    tooltip="FaceID files hold a LoRA. It changes the whole model, as its authors "
+                    "run it (all rows), or only what paints the person, so that the prompt stays "
+                    "the plain model's (identity rows). 'auto': all rows in one stream, identity "
+                    "rows in two.",
                 ),
                 io.Float.Input(
                     "lora_strength",
                     default=1.0,
                     min=0.0,
-                    max=2.0,
+                    max=MAX_LOW_RANK_STRENGTH,
                     step=0.05,
                     tooltip="How strongly the LoRA acts. 0 is off.",
                 ),
@@ -155,7 +163,7 @@ class InfiniteIDLoader(io.ComfyNode):
             adapter=loaded,
             face_analysis=analysis or _wanted_faces(loaded, missing),
             clip_vision=_wanted_encoder(loaded, image_encoder, missing),
-            lora_strength=lora_strength if lora == LORA[0] else 0.0,
+            low_rank=LowRankUse(rows=LORA[lora], strength=lora_strength),
         )
         if missing:
             raise MissingModelsError(
@@ -175,10 +183,15 @@ def _loaded(kit: Kit) -> io.NodeOutput:
     module = kit.adapter.adapter
     lines = [module.config.summary]
     if module.low_rank_parts:
-        lines.append(
-            f"LoRA: {'off' if not kit.lora_strength else f'{kit.lora_strength:g}, all rows'}"
-        )
+        lines.append(f"LoRA: {_told(kit.low_rank)}")
     return io.NodeOutput(kit, ui=ui.PreviewText("\n".join(lines)))
+
+
+def _told(use: LowRankUse) -> str:
+    if use.rows == "off" or not use.strength:
+        return "off"
+    rows = {"auto": "all rows in one stream, identity rows in two", "all": "all rows"}
+    return f"{use.strength:g}, {rows.get(use.rows, 'identity rows')}"
 
 
 def _embedded() -> Kit:
@@ -188,7 +201,6 @@ def _embedded() -> Kit:
         adapter=embedded.adapter(),
         face_analysis=embedded.face_models("auto", 640),
         clip_vision=ManagedOpenClip(embedded.open_clip()),
-        lora_strength=0.0,
     )
 
 
@@ -340,13 +352,11 @@ class InfiniteIDPerson(io.ComfyNode):
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
         from ..infinite_id_core.hosts.comfyui import apply_identity
-        from ..infinite_id_core.hosts.comfyui_lora import with_low_rank
 
         _check("preset", preset, STREAM_PRESETS)
         identity, preview = infinite_id.person(photos)
-        lora = infinite_id.lora_strength if strength else 0.0
         patched = apply_identity(
-            with_low_rank(model, infinite_id.adapter.adapter, lora),
+            model,
             infinite_id.adapter,
             identity,
             strength=strength,
@@ -354,6 +364,7 @@ class InfiniteIDPerson(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             mask=mask,
+            low_rank=infinite_id.low_rank,
         )
         return io.NodeOutput(patched, identity, preview, ui=ui.PreviewImage(preview, cls=cls))
 

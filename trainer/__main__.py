@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 
 from infinite_id_core.errors import InfiniteIDError
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what no console can show
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"insightface\.")
     module = importlib.import_module(COMMANDS[values.command][0])
     try:
         status: int = module.main(values.arguments)

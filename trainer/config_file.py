@@ -30,7 +30,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = read_toml(path)
     for override in overrides:
         _override(values, override)
-    return parse_config(values, " with --set ".join([str(path), *overrides]))
+    return parse_config(values, f"{path} with --set" if overrides else str(path))
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:

@@ -41,6 +41,8 @@ from .photos import read_reference
 from .prompts import PromptFile, read_prompts, write_prompts
 from .train.memory import memory_errors
 
+_SIDE, _EMBEDDED_SIDE = 1024, 128
+
 
 def save_png(picture: Tensor, path: Path) -> None:
     """Write ``[3, H, W]`` in [0, 1] atomically. Raises ``DiskFullError``, ``NotWrittenError``."""
@@ -63,11 +65,13 @@ def main(argv: Sequence[str]) -> int:
         text_encoders=values.text_encoders,
         head_width=values.head_width,
     )
+    _check_name(values)
     prompts = _prompts(values, sources)
     if values.save_prompts:
         write_prompts(values.save_prompts, prompts)
         print(values.save_prompts)
         return 0
+    _check_free(values, len(prompts.texts))
     applied = _applied(values, device)
     dtype = DTYPES[values.precision or ("fp16" if device == "cuda" else "fp32")]
     _paint(values, load_painter(sources, device, dtype), prompts, applied)
@@ -80,8 +84,12 @@ def _paint(
     prompts: PromptFile,
     applied: Sequence[AppliedIdentity],
 ) -> None:
+    side = _EMBEDDED_SIDE if values.unet == MICROWORLD else _SIDE
     picture = Picture(
-        width=values.width, height=values.height, seed=values.seed, count=values.count
+        width=side if values.width is None else values.width,
+        height=side if values.height is None else values.height,
+        seed=values.seed,
+        count=values.count,
     )
     options = StreamOptions(
         mixing=values.mixing,
@@ -148,6 +156,26 @@ def _applied(values: argparse.Namespace, device: str) -> list[AppliedIdentity]:
     ]
 
 
+def _check_name(values: argparse.Namespace) -> None:
+    """The pictures' names end in .png. Raises ``OptionError``."""
+    if not values.save_prompts and values.output.suffix.lower() != ".png":
+        raise OptionError(
+            f"--output is the picture's file and ends in .png; got {values.output}. A folder's "
+            f"would be {values.output / 'picture.png'}."
+        )
+
+
+def _check_free(values: argparse.Namespace, prompts: int) -> None:
+    """No picture is there already, or it may be replaced. Raises ``OptionError``."""
+    outputs = (_numbered(values.output, number) for number in range(prompts * values.count))
+    there = [path for path in outputs if path.exists()]
+    if there and not values.overwrite:
+        raise OptionError(
+            f"{there[0]} is there already. Give another --output, or --overwrite to replace "
+            f"{'it' if len(there) == 1 else f'these {len(there)} pictures'}."
+        )
+
+
 def _numbered(path: Path, number: int) -> Path:
     return path if number == 0 else path.with_name(f"{path.stem}_{number}{path.suffix}")
 
@@ -169,19 +197,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative", default="", help="negative prompt")
     add("--prompts", default="", help="file of encoded prompts, in place of --prompt")
     add("--save-prompts", default="", help="encode the prompts into this file and end")
-    add("--output", type=Path, default=Path("picture.png"))
-    add("--width", type=int, default=1024)
-    add("--height", type=int, default=1024)
-    add("--seed", type=int, default=0)
-    add("--count", type=int, default=1, help="pictures per prompt")
-    add("--steps", type=int, default=30)
-    add("--guidance", type=float, default=5.0)
-    add("--scheduler", choices=SCHEDULER, default="normal")
-    add("--strength", type=float, default=1.0)
-    add("--mixing", choices=MIXING, default="mixed")
-    add("--style", choices=STYLE, default="adain_mean")
-    add("--style-strength", type=float, default=1.0)
-    add("--text-stream", choices=TEXT_STREAM, default="own")
+    add(
+        "--output",
+        type=Path,
+        default=Path("picture.png"),
+        help="file of the picture, ending in .png (default: picture.png); the second one is "
+        "NAME_1.png, and so on",
+    )
+    add("--overwrite", action="store_true", help="replace pictures that are there already")
+    side = f"in pixels (default: {_SIDE}; {_EMBEDDED_SIDE} for the embedded models)"
+    add("--width", type=int, help=side)
+    add("--height", type=int, help=side)
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--count", type=int, default=1, help="pictures per prompt (default: 1)")
+    add("--steps", type=int, default=30, help="of the sampler (default: 30)")
+    add("--guidance", type=float, default=5.0, help="as cfg in ComfyUI (default: 5)")
+    add("--scheduler", choices=SCHEDULER, default="normal", help="default: normal")
+    add("--strength", type=float, default=1.0, help="of the person (default: 1)")
+    add("--mixing", choices=MIXING, default="mixed", help="of the streams (default: mixed)")
+    add("--style", choices=STYLE, default="adain_mean", help="default: adain_mean, the paper's")
+    add("--style-strength", type=float, default=1.0, help="default: 1")
+    add("--text-stream", choices=TEXT_STREAM, default="own", help="default: own, the paper's")
     add("--device", default="", help="default: cuda if there is one, else cpu")
     add("--precision", choices=tuple(DTYPES), default="", help="default: fp16 on cuda, else fp32")
     add("--head-width", type=int, default=HEAD_WIDTH, help="of the UNet's attention heads")

@@ -47,6 +47,12 @@ def inspect_index(folder: Path, verify: bool) -> Findings:
     )
     photos = {"kept": info.counts.get("kept", 0), **photos_left_out(info.counts)}
     findings.tables["photos"] = [("what became of them", "photos"), *photos.items()]
+    filters = Filters().masks(kept)
+    findings.tables["filters"] = [
+        ("default filter", "photos that it leaves out"),
+        *((f"{name} = {getattr(Filters(), name)}", int((~passed).sum()))
+          for name, passed in filters.items() if not passed.all()),
+    ]  # fmt: skip
     others = files_not_used(info.counts)
     if others:
         findings.tables["other files"] = [("why they are not used", "files"), *others.items()]

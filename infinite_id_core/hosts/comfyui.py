@@ -32,9 +32,11 @@ from ..errors import NotSDXLError, StreamConflictError
 from ..method.adapter import check_identity, check_layers
 from ..method.attention import StreamOptions
 from ..method.identity import Identity
+from ..method.low_rank import LowRankUse
 from ..method.rows import identity_half, twice
 from ..sdxl.layers import CrossAttentionLayer, layers_from_ldm
 from .comfyui_adapter import KEY, AppliedIdentity, LoadedAdapter
+from .comfyui_lora import with_low_rank
 from .comfyui_others import Options
 from .comfyui_rows import Conds, fit_rows
 from .comfyui_run import SamplingRun, run_of
@@ -230,11 +232,14 @@ def apply_identity(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     mask: Tensor | None = None,
+    low_rank: LowRankUse | None = None,
 ) -> ModelPatcher:
     """A clone of ``model`` in which ``identity`` takes effect; ``model`` itself is untouched.
 
     On a model that already has an identity this adds a second one to the same two streams.
-    ``mask`` is ``[1 or batch, H, W]``. ``strength`` 0 adds nothing.
+    ``mask`` is ``[1 or batch, H, W]``. ``strength`` 0 adds nothing. ``low_rank``: where the LoRA
+    of a FaceID file acts; one that acts on all rows becomes a patch of the clone's weights, once
+    for each adapter.
 
     Raises ``NotSDXLError``, ``ModelMismatchError``, ``IdentityMismatchError``, ``OptionError``,
     and ``StreamConflictError`` where an earlier Apply wants other stream options.
@@ -251,10 +256,10 @@ def apply_identity(
         start_percent=start_percent,
         end_percent=end_percent,
         mask=mask,
+        low_rank=low_rank or LowRankUse(),
     )
-    patched = model.clone()
     if strength == 0.0:
-        return patched
+        return model.clone()
     before = streams_of(model)
     if before is not None and before.options != options:
         raise StreamConflictError(
@@ -262,6 +267,7 @@ def apply_identity(
             "mixing, style, style_strength, merge_text and text_stream must agree. Already set: "
             f"{before.options}; this node: {options}. Set them equal."
         )
+    patched = _with_weights(model, new, before.applied if before else (), options)
     streams = (
         replace(before, applied=(*before.applied, new))
         if before
@@ -274,6 +280,23 @@ def apply_identity(
     carried = [adapter.patcher_for(patched.load_device) for adapter in loaded.values()]
     patched.set_additional_models(KEY, carried)
     return patched
+
+
+def _with_weights(
+    model: ModelPatcher,
+    new: AppliedIdentity,
+    before: Sequence[AppliedIdentity],
+    options: StreamOptions,
+) -> ModelPatcher:
+    """A clone, with the LoRA of a new identity's adapter in its weights where it acts on all rows
+    and is not in them yet."""
+    there = any(
+        one.adapter is new.adapter and one.low_rank.rows_in(options) == "all" for one in before
+    )
+    acts = new.low_rank.rows_in(options) == "all" and not there
+    if acts:
+        model = with_low_rank(model, new.adapter.adapter, new.low_rank.strength)
+    return model.clone()
 
 
 def streams_of(model: ModelPatcher) -> TwoStreams | None:

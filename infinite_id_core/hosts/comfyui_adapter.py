@@ -16,6 +16,7 @@ from ..errors import AdapterNotCarriedError
 from ..files.adapter_options import AdapterOptions
 from ..files.adapters import read_adapter
 from ..method.adapter import Adapter
+from ..method.low_rank import LowRankUse
 from ..method.placement import IdentityPlacement
 from .comfyui_others import Options
 
@@ -121,3 +122,4 @@ class AppliedIdentity(IdentityPlacement):
     """One Apply: an identity, its place in the run, and the adapter that reads it."""
 
     adapter: LoadedAdapter
+    low_rank: LowRankUse = LowRankUse()

@@ -24,6 +24,7 @@ from ..method.run import IdentityRun
 from ..sdxl.layers import BlockKey, CrossAttentionLayer
 from .comfyui_adapter import AppliedIdentity
 from .comfyui_calls import Call, CallState
+from .comfyui_low_rank import LowRankPatches
 from .comfyui_others import Options, name_of
 from .comfyui_rows import fit_rows, in_window
 
@@ -47,6 +48,7 @@ class AttentionPatches:
         self.layers = layers
         self.identities = identities
         self.state = state
+        self.low_rank = LowRankPatches(applied, layers, identities.options, state)
         self._patches: dict[Any, Others] = {}
         self._areas: dict[Any, Sequence[int]] | None = None
         self._warned: set[str] = set()
@@ -54,6 +56,7 @@ class AttentionPatches:
     def close(self) -> None:
         """Free what was made."""
         self._patches.clear()
+        self.low_rank.close()
 
     def options(self, model_options: Options, call: Call) -> Options:
         """A copy of the options with the patches of ``call``."""
@@ -61,7 +64,8 @@ class AttentionPatches:
         others = transformer.get("patches_replace", {})
         ours = self._patches_for(call, others)
         merged = {**others, **{k: {**others.get(k, {}), **p} for k, p in ours.items()}}
-        return {**model_options, "transformer_options": {**transformer, "patches_replace": merged}}
+        options = self.low_rank.options({**transformer, "patches_replace": merged}, call)
+        return {**model_options, "transformer_options": options}
 
     def _patches_for(self, call: Call, others: Others) -> Others:
         """Our patches, the same objects at each step so that compiled models do not recompile."""
@@ -84,7 +88,8 @@ class AttentionPatches:
     def _kinds(self, call: Call) -> list[tuple[str, Callable[..., Tensor]]]:
         kinds: list[tuple[str, Callable[..., Tensor]]] = [("attn2", self.cross_attention)]
         # Where nobody reads the text stream, self-attention is the model's own.
-        return kinds if call.rows == "one" else [("attn1", self.self_attention), *kinds]
+        kinds = kinds if call.rows == "one" else [("attn1", self.self_attention), *kinds]
+        return [(kind, self.low_rank.around(kind, call, patch)) for kind, patch in kinds]
 
     def self_attention(
         self,

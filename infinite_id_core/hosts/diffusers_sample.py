@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..method.adapter import Adapter, check_identity, check_layers
-from ..method.attention import IdentityTerm, StreamOptions
+from ..method.attention import IdentityTerm, Kernel, StreamOptions
+from ..method.low_rank import LowRankRun, LowRankUse
 from ..method.placement import IdentityPlacement, mask_tokens
 from ..method.rows import (
     Rows,
@@ -28,7 +30,17 @@ from ..method.rows import (
 )
 from ..method.run import IdentityRun
 from ..sdxl.schedule import SCHEDULER, TIMESTEPS, NoiseSchedule, Scheduler
-from .diffusers_unet import Processor, no_mask, processors, projected_out, sdpa, unet_layers
+from .diffusers_prompt import Prompt as Prompt
+from .diffusers_prompt import default_size_ids as default_size_ids
+from .diffusers_unet import (
+    Processor,
+    attention_inputs,
+    attention_output,
+    no_mask,
+    processors,
+    sdpa,
+    unet_layers,
+)
 
 NegativeIdentity = Literal["null", "none"]
 NEGATIVE_IDENTITY: tuple[NegativeIdentity, ...] = get_args(NegativeIdentity)
@@ -68,38 +80,15 @@ class NegativePass:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prompt:
-    """One prompt as SDXL's UNet reads it."""
-
-    context: Tensor
-    """Text tokens ``[1 or b, T, C]``."""
-    pooled: Tensor
-    """Pooled text ``[1 or b, P]``."""
-
-    def rows(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Context and pooled text repeated to ``count`` rows (whole blocks of their own rows)."""
-        context, pooled = (
-            part.to(like).repeat(count // part.shape[0], *[1] * (part.ndim - 1))
-            for part in (self.context, self.pooled)
-        )
-        return context, pooled
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class AppliedIdentity(IdentityPlacement):
     """An identity, its place in the run, and the adapter that reads it, on the UNet's device."""
 
     adapter: Adapter
+    low_rank: LowRankUse = LowRankUse()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_identity(self.adapter, self.identity)
-
-
-def default_size_ids(noise: Tensor) -> tuple[int, ...]:
-    """SDXL's ids of an uncropped picture of the latent's size: height, width, 0, 0, h, w."""
-    height, width = (8 * side for side in noise.shape[-2:])
-    return height, width, 0, 0, height, width
 
 
 @torch.no_grad()
@@ -204,6 +193,9 @@ class _Run:
         self.size_ids = size_ids
         self.canvas = canvas
         self.identities = IdentityRun(applied, options, schedule.sigma_at_percent)
+        self.low_rank = LowRankRun(
+            [one.low_rank for one in applied], [one.adapter for one in applied], options
+        )
         self.paths = tuple(layer.path for layer in layers)
         self.call: _Call | None = None
 
@@ -212,8 +204,8 @@ class _Run:
         """The UNet with our processors, as far as anybody takes effect."""
         ours: dict[str, Processor] = {}
         for path in self.paths if self.applied else ():
-            if self.identities.two_streams:
-                ours[f"{path}.attn1.processor"] = _SelfAttention(self)
+            if self.identities.two_streams or self.low_rank.all:
+                ours[f"{path}.attn1.processor"] = _SelfAttention(self, path)
             ours[f"{path}.attn2.processor"] = _CrossAttention(self, path)
         with processors(self.unet, ours):
             yield
@@ -293,6 +285,21 @@ class _Run:
             for index in self.call.active
         ]
 
+    def changed(self, attention: str, linear: str, y: Tensor, x: Tensor) -> Tensor:
+        """``y = layer(x)`` of the UNet's own attention with what low-rank parts add."""
+        name = f"{attention}.{linear}"
+
+        def adapter_of(index: int) -> Adapter:
+            return self.applied[index].adapter
+
+        everywhere = self.low_rank.added(name, x, self.low_rank.all, adapter_of)
+        if everywhere is not None:
+            y = y + everywhere
+        people = () if self.call is None else self.low_rank.active(self.call.active)
+        if self.call is None or not people:
+            return y
+        return self.low_rank.on_people(name, y, x, self.call.rows, people, adapter_of)
+
     def _mask(self, index: int, q: Tensor) -> Tensor | None:
         """A person's mask at this layer's resolution, ``[1 or b, N, 1]``."""
         mask = self.applied[index].mask
@@ -308,8 +315,9 @@ class _Run:
 class _SelfAttention:
     """attn1 of the two streams: text rows plain, identity rows mixed (Eq. 5)."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, path: str) -> None:
         self.run = run
+        self.name = f"{path}.attn1"
 
     def __call__(
         self,
@@ -321,19 +329,24 @@ class _SelfAttention:
     ) -> Tensor:
         """``[B, N, C]`` -> ``[B, N, C]``, as diffusers calls it."""
         no_mask(attention_mask)
-        q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-        kernel, call, options = sdpa(attn.heads), self.run.call, self.run.identities.options
+        change = partial(self.run.changed, self.name)
+        q, k, v = attention_inputs(attn, hidden_states, hidden_states, change)
+        out = self._mixed(q, k, v, sdpa(attn.heads))
+        return attention_output(attn, out, change)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+        call, options = self.run.call, self.run.identities.options
         if call is None:
-            return projected_out(attn, kernel(q, k, v))
-        if self.run.negative_pass.mixing:
-            return projected_out(attn, self_attention_over(call.rows, q, k, v, options, kernel))
+            return kernel(q, k, v)
+        if self.run.negative_pass.mixing or not any(call.rows.text):
+            return self_attention_over(call.rows, q, k, v, options, kernel)
         alone, one = replace(options, mixing="off"), Rows.both(1)
         parts = zip(*(x.chunk(len(call.null)) for x in (q, k, v)), strict=True)
         outputs = [
             self_attention_over(one, q_p, k_p, v_p, alone if null else options, kernel)
             for (q_p, k_p, v_p), null in zip(parts, call.null, strict=True)
         ]
-        return projected_out(attn, torch.cat(outputs))
+        return torch.cat(outputs)
 
 
 class _CrossAttention:
@@ -353,16 +366,17 @@ class _CrossAttention:
     ) -> Tensor:
         """``[B, N, C]`` -> ``[B, N, C]``, as diffusers calls it."""
         no_mask(attention_mask)
-        q = attn.to_q(hidden_states)
-        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        kernel, call = sdpa(attn.heads), self.run.call
+        run = self.run
+        change = partial(run.changed, f"{self.path}.attn2")
+        q, k, v = attention_inputs(attn, hidden_states, encoder_hidden_states, change)
+        kernel, call = sdpa(attn.heads), run.call
         text_out = kernel(q, k, v)
         if call is None:
-            return projected_out(attn, text_out)
+            return attention_output(attn, text_out, change)
 
         def terms(prompt: int, q: Tensor) -> list[IdentityTerm]:
-            return self.run.terms(self.path, call.null[prompt], q)
+            return run.terms(self.path, call.null[prompt], q)
 
-        options = self.run.identities.options
+        options = run.identities.options
         out = cross_attention_over(call.rows, q, k, v, text_out, terms, options, kernel)
-        return projected_out(attn, out)
+        return attention_output(attn, out, change)

@@ -68,6 +68,26 @@ def projected_out(attn: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
+Change = Callable[[str, Tensor, Tensor], Tensor]
+"""By a linear layer's name in an attention (``to_out.0``): its output and input to the output."""
+
+
+def attention_inputs(
+    attn: Any, hidden: Tensor, context: Tensor, change: Change
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a diffusers ``Attention``."""
+    q, k, v = (
+        change(linear, getattr(attn, linear)(x), x)
+        for linear, x in (("to_q", hidden), ("to_k", context), ("to_v", context))
+    )
+    return q, k, v
+
+
+def attention_output(attn: Any, hidden: Tensor, change: Change) -> Tensor:
+    """The output projection of a diffusers ``Attention``."""
+    return change("to_out.0", projected_out(attn, hidden), hidden)
+
+
 def no_mask(attention_mask: Tensor | None) -> None:
     if attention_mask is not None:
         raise OptionError(

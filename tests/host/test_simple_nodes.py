@@ -102,7 +102,7 @@ def load(
         files.write(tmp_path / name, container, made, sizes)
         given = {
             "image_encoder": "auto", "face_models": "microworld", "reads": "auto",
-            "lora": "all rows", "lora_strength": 1.0, **widgets,
+            "lora": "auto", "lora_strength": 1.0, **widgets,
         }  # fmt: skip
         if family in FACELESS:
             given["face_models"] = "auto"
@@ -155,6 +155,43 @@ def test_the_lora_acts_and_can_be_left_out(load: Any, model: Any, photo: torch.T
         runs[name] = run(person(model, load("faceid", **widgets).args[0], photo)[0])
     assert error(runs["off"], runs["0"]) == 0.0
     assert error(runs["on"], runs["off"]) > 1e-3
+
+
+def test_in_two_streams_the_lora_is_the_persons_alone(
+    pack: Any, load: Any, model: Any, photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text stream ends where it ends without a LoRA, to the bit; on all rows it does not."""
+    module = importlib.import_module(f"{pack.__name__}.infinite_id_core.hosts.comfyui")
+    texts, ends = [], {}
+    monkeypatch.setattr(module._text_latents, "keep", lambda _, text: texts.append(text))
+    steps = {"last_step": 2}
+    for rows in ("auto", "identity rows", "all rows", "off"):
+        patched = person(model, load("faceid", lora=rows).args[0], photo)[0]
+        ends[rows] = (run(patched, **steps), texts.pop())
+    assert torch.equal(ends["auto"][0], ends["identity rows"][0])
+    assert torch.equal(ends["auto"][1], ends["off"][1])
+    assert error(ends["auto"][0], ends["off"][0]) > 1e-3
+    assert error(ends["all rows"][1], ends["off"][1]) > 1e-3
+
+
+def test_in_one_stream_the_lora_is_in_the_weights_once_however_many_people(
+    load: Any, model: Any, photo: torch.Tensor
+) -> None:
+    kit = load("faceid").args[0]
+    one = person(model, kit, photo, preset="one stream")[0]
+    two = person(one, kit, photo, preset="one stream")[0]
+    assert one.patches and {k: len(p) for k, p in two.patches.items()} == {
+        k: len(p) for k, p in one.patches.items()
+    }
+    assert not person(model, kit, photo)[0].patches and not model.patches
+
+
+def test_people_of_one_lora_get_it_once(load: Any, model: Any, photo: torch.Tensor) -> None:
+    """A second person of hardly any strength changes hardly anything; twice the LoRA would."""
+    kit = load("faceid").args[0]
+    one = person(model, kit, photo)[0]
+    two = person(one, kit, photo, strength=1e-6)[0]
+    assert error(run(two), run(one)) < 1e-3
 
 
 def test_what_it_is_stands_on_the_node(load: Any) -> None:

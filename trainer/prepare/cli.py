@@ -44,8 +44,12 @@ _CHOICES = {"kind": KINDS, "faces": FACE_CHOICES, "engine": ENGINES}
 def main(argv: Sequence[str]) -> int:
     """Run ``prepare`` with command-line options and print what it made."""
     values = vars(_parser().parse_args(argv))
+    from ..models.face_models import pack_folder
+
     places = Places(
-        source=values["input"], output=values["output"], face_models=values["face_models"]
+        source=values["input"],
+        output=values["output"],
+        face_models=pack_folder(values["face_models"]),
     )
     run = RunOptions(
         **_values(RunOptions, values), report=values["report"], progress=values["progress"]
@@ -83,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder of the dataset, new or half-done")
     parser.add_argument(
         "--face-models",
-        type=Path,
         required=True,
         metavar="ROOT/models/PACK",
-        help="insightface pack: a folder of ONNX files with a detector and a recogniser",
+        help="insightface pack: a folder of ONNX files with a detector and a recogniser; or "
+        "microworld, the embedded one",
     )
     for options in (PrepareOptions, RunOptions):
         group = parser.add_argument_group(

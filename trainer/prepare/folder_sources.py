@@ -88,6 +88,16 @@ def _other(path: str, photos: Collection[str]) -> str:
         return "no photo of this name is beside it"
     if suffix in ARCHIVES:
         return "an archive; unpack it first"
+    return not_read(suffix)
+
+
+_CAPTIONS = {".caption", ".cap", ".tags", ".text", ".md"}  # what other trainers call them
+
+
+def not_read(suffix: str) -> str:
+    """Why a file of this suffix is not read."""
+    if suffix in _CAPTIONS:
+        return f"a caption is read from NAME.txt; rename it from NAME{suffix}"
     return "no picture of a format that is read"
 
 

@@ -114,8 +114,10 @@ def _take(entry: os.DirEntry[str], path: str, real: str, tree: Tree) -> str:
         linked = entry.is_symlink()
         status = entry.stat()
     except OSError as error:
-        detail = "a link to nowhere, or in a circle" if _is_link(entry) else error.strerror
-        _problem(tree, path, "unreadable", detail or type(error).__name__)
+        if _is_link(entry):
+            _problem(tree, path, "link", "a link to nowhere, or in a circle")
+        else:
+            _problem(tree, path, "unreadable", error.strerror or type(error).__name__)
         return ""
     if stat.S_ISDIR(status.st_mode):
         return "link" if linked else "folder"

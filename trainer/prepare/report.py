@@ -56,8 +56,8 @@ REASONS = {
     "scattered": "A caption or record that stands apart from its photo in a shard.",
     "bad_sidecar": "A caption or record that cannot be read; its photo was used without it, and "
     "without a licence if that was in it.",
-    "link": "A link that is not followed: in a circle, out of a tar, to something that is read "
-    "already, or no photo.",
+    "link": "A link that is not followed: to nowhere, in a circle, out of a tar, to something that "
+    "is read already, or no photo.",
     "hidden": "Hidden, or made by the system beside the files (._*, .DS_Store, Thumbs.db).",
     "other_file": "No photo, and no caption or record of one.",
 }

@@ -13,7 +13,7 @@ from infinite_id_core.files.system import open_regular, reading
 
 from ..errors import InputKindError
 from ..tars import Member, TarError, read_members
-from .folder_sources import has_mark, links_of, photo_by_name, values
+from .folder_sources import has_mark, links_of, not_read, photo_by_name, values
 from .folders import MAX_NAME, Problem, Status, is_hidden, printable, walk
 from .manifest import fingerprint_of
 from .parts import Blob, Part, Source
@@ -159,4 +159,4 @@ def _holds(members: Sequence[Member]) -> str:
 def _scattered(named: Named) -> tuple[str, str]:
     if named.suffix in KINDS:
         return "scattered", "apart from its photo, or of none; a sample's members stand together"
-    return "other_file", "no picture of a format that is read"
+    return "other_file", not_read(named.suffix)

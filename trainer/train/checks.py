@@ -233,7 +233,9 @@ def check_held_out(config: TrainConfig, global_batch: int) -> Plan | None:
     if len(people) < config.previews.people:
         logger.warning(
             "previews.people is %d, and no more than %d are held out with photos that pass the "
-            "filters.", config.previews.people, len(people),
+            "filters. Prepare the photos again with a larger --held-out (finished parts are "
+            "kept), or set previews.people = %d.",
+            config.previews.people, len(people), len(people),
         )  # fmt: skip
     for name in people:
         dataset.photo(reference_row(dataset, name))

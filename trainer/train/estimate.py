@@ -107,7 +107,7 @@ def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) ->
     looked = min(200, len(dataset.identities))
     lines = [
         f"data        {len(dataset)} photos of {len(dataset.identities)} people; "
-        f"{pairs} of the first {looked} people have pairs; {len(plan.buckets)} target sizes",
+        f"{pairs} of {looked} looked at have pairs; target sizes: {len(plan.buckets)}",
         f"base        {config.model.unet}: {len(unet_layers(unet))} cross-attention layers, "
         f"{_millions(unet)} M parameters, frozen",
         f"learning    {estimate.parameters / 1e6:.1f} M parameters",

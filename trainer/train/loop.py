@@ -151,7 +151,11 @@ class _Trainer:
         changes = self.record.changes[len(before.changes) :]
         self.snapshot.load(start, self.processes.device, changed=bool(changes))
         if self.processes.main:
-            logger.info("Going on from %s.", start)
+            steps = self.config.run.steps
+            if before.step >= steps:
+                logger.info("Already at step %d of %d (%s).", before.step, steps, start)
+            else:
+                logger.info("Going on from %s.", start)
             for change in changes:
                 logger.warning(
                     "Going on with other settings, and the same state of the optimiser: %s.",

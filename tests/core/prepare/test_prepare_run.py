@@ -303,7 +303,7 @@ def test_bad_photos_are_counted_and_listed_and_good_ones_in_any_form_are_kept(pa
         "other.jpg": "outlier",
         "alone.jpg": "too_few",
         "loose.jpg": "no_person",
-        "gone.jpg": "unreadable",
+        "gone.jpg": "link",
     }
     assert counts["kept"] == 12 and sum(counts.values()) == 23
     dataset = Dataset(output, SMALL, None)
