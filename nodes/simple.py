@@ -31,6 +31,7 @@ from ..infinite_id_core.files.adapters import family_of
 from ..infinite_id_core.marks import mark_of
 from ..infinite_id_core.method.attention import MAX_STRENGTH, STREAM_PRESETS
 from ..infinite_id_core.method.low_rank import MAX_LOW_RANK_STRENGTH, LowRankRows, LowRankUse
+from ..infinite_id_core.method.merging import MERGING
 from . import embedded, folders
 from .embedded import EMBEDDED
 from .inputs import checked
@@ -111,6 +112,15 @@ class InfiniteIDLoader(io.ComfyNode):
                     step=0.05,
                     tooltip="How strongly the LoRA acts. 0 is off.",
                 ),
+                io.Combo.Input(
+                    "pulid_mode",
+                    options=[AUTO, *MERGING],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="How a PuLID file adds the person in one stream, by the names that "
+                    "PuLID's users know. 'auto': as its authors run each version. Two streams "
+                    "do not need it.",
+                ),
             ],
             outputs=[KitType.Output(display_name="infinite_id", tooltip="For Infinite-ID Person.")],
             **found_by("faceid", "ipadapter", "instantid", "load adapter", "reference"),
@@ -145,17 +155,20 @@ class InfiniteIDLoader(io.ComfyNode):
         reads: str,
         lora: str,
         lora_strength: float,
+        pulid_mode: str = AUTO,
     ) -> io.NodeOutput:
         from ..infinite_id_core.hosts.comfyui_adapter import load_adapter
 
         _check("reads", reads, READS)
         _check("lora", lora, LORA)
+        _check("pulid_mode", pulid_mode, (AUTO, *MERGING))
         if adapter == EMBEDDED:
             return _loaded(_embedded())
         analysis = None if face_models == AUTO else _face_models(face_models)
         options = AdapterOptions(
             recogniser=None if analysis is None else recogniser_name(analysis),
             whole_picture=None if reads == AUTO else reads == READS[2],
+            pulid_mode=None if pulid_mode == AUTO else pulid_mode,
         )
         loaded = load_adapter(folders.any_adapter_path(adapter), options)
         missing: list[str] = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import OptionError
 from ..method.face_clip import EMBEDDING, Embedding
+from ..method.merging import MERGING
 from ..method.resampler import REFERENCES, References
 from ..sdxl.layers import CrossAttentionLayer
 
@@ -32,6 +33,9 @@ class AdapterOptions:
     """FaceID plus: whether the shortcut is added (2) or not (1, never published for SDXL)."""
     shortcut: float = 1.0
     """FaceID plus version 2: how much the picture counts beside the embedding."""
+    pulid_mode: str | None = None
+    """How PuLID adds the person in one stream, of ``method/merging.py``; None: as its authors run
+    each version."""
     layers: tuple[CrossAttentionLayer, ...] | None = None
     """The layers of the UNet that it was made for, in the order of ``sdxl/layers.py``; None:
     SDXL's own 70."""
@@ -46,6 +50,10 @@ class AdapterOptions:
             raise OptionError(
                 "plus_version must be 1 or 2 and shortcut lie in [-10, 10]; got "
                 f"{self.plus_version} and {self.shortcut}."
+            )
+        if self.pulid_mode is not None and self.pulid_mode not in MERGING:
+            raise OptionError(
+                f"pulid_mode must be one of {', '.join(MERGING)}; got {self.pulid_mode!r}."
             )
         if self.layers is not None and not self.layers:
             raise OptionError("layers must name the layers of a UNet, got none.")

@@ -151,7 +151,8 @@ class AttentionPatches:
             self._check_rows(call, extra)
         rows = (Rows.both if call.rows == "both" else Rows.alone)(len(conds))
         options = self.identities.options
-        return cross_attention_over(rows, q, k, v, text_out, terms, options, kernel)
+        heads = extra["n_heads"]
+        return cross_attention_over(rows, q, k, v, text_out, terms, options, kernel, heads)
 
     def _check_rows(self, call: Call, extra: Options) -> None:
         """Raises ``PatchConflictError`` where a wrapper gave the model another batch than ours.

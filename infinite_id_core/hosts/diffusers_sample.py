@@ -378,5 +378,5 @@ class _CrossAttention:
             return run.terms(self.path, call.null[prompt], q)
 
         options = run.identities.options
-        out = cross_attention_over(call.rows, q, k, v, text_out, terms, options, kernel)
+        out = cross_attention_over(call.rows, q, k, v, text_out, terms, options, kernel, attn.heads)
         return attention_output(attn, out, change)

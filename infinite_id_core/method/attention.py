@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, shown
+from .merging import PLAIN, Merging
 
 Mixing = Literal["mixed", "mutual", "off"]
 Style = Literal["adain_mean", "adain", "off"]
@@ -78,6 +79,8 @@ class IdentityTerm:
     """``[M]``, positive: a token of weight 2 counts as if it stood there twice."""
     mask: Tensor | None = None
     """``[B or 1, N, 1]`` in [0, 1]: where in the picture this identity takes effect."""
+    merging: Merging = PLAIN
+    """How it is added in one stream without style alignment."""
 
 
 def token_mean(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -152,6 +155,17 @@ def identity_attention(
     return out if term.mask is None else out * term.mask.to(out)
 
 
+def _added_as_published(
+    q: Tensor, term: IdentityTerm, text_out: Tensor, kernel: Kernel, heads: int
+) -> Tensor:
+    """What a term adds in one stream where its adapter's authors do more than add."""
+    merging = term.merging
+    k, v = merging.padded(term.key), merging.padded(term.value)
+    out = kernel(q, k, v, weight_bias(merging.padded_weight(term.token_weight), q, k))
+    out = merging.added(out, text_out, q, k, heads) * term.strength
+    return out if term.mask is None else out * term.mask.to(out)
+
+
 def merged_cross_attention(
     q: Tensor,
     terms: Sequence[IdentityTerm],
@@ -160,18 +174,24 @@ def merged_cross_attention(
     text_out: Tensor,
     options: StreamOptions,
     kernel: Kernel,
+    heads: int = 1,
 ) -> Tensor:
     """Cross-attention of the identity stream (Eq. 6 with Eq. 7), over one or more identities.
 
     ``text_out [B, N, C]`` is Attn(Q, K'_t, V'_t), computed by the caller because another patch
     may have a say in it. Without ``merge_text`` it is left out (Table 2), except where no
-    identity takes effect: there is nothing else to attend to.
+    identity takes effect: there is nothing else to attend to. ``heads``: of the layer, for terms
+    with a ``merging`` of their own.
     """
     if not terms:
         return text_out
     out = text_out if options.merge_text else torch.zeros_like(text_out)
+    published = options.mixing == options.style == "off"
     for term in terms:
-        out = out + identity_attention(q, term, k_t, v_t, options, kernel)
+        if published and not term.merging.plain:
+            out = out + _added_as_published(q, term, text_out, kernel, heads)
+        else:
+            out = out + identity_attention(q, term, k_t, v_t, options, kernel)
     return out
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu
 
 from .face_clip import CLIP, CLIP_TOKENS, FACE
 from .features import Reading
+from .merging import PLAIN, Merging
 from .records import AdapterConfig
 
 FACE_HIDDEN = 1024
@@ -35,6 +36,8 @@ class Projector(nn.Module, ABC):
     nobody: Mapping[str, Nobody] = {}
     """What this family was trained with as nobody, by feature; ``encoded`` lies in the feature
     (``Feature.null``). Where nothing is said: the feature's null, or zeros where it has none."""
+    merging: Merging = PLAIN
+    """How its tokens' attention is added to the text's in one stream."""
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .face_clip import FACE
 from .features import Reading
+from .merging import MERGING, PULID_V11, Merging
 from .projectors import JointProjector, Nobody, Projector
 from .published import EVA, EVA_BLOCKS, EVA_LEVELS
 from .resampler import PerceiverLayers
@@ -82,9 +83,14 @@ class IdEncoder(Projector):
     nobody = _NOBODY
 
     def __init__(
-        self, needs: Mapping[str, Reading], sizes: PulidSizes, operations: Any = nn
+        self,
+        needs: Mapping[str, Reading],
+        sizes: PulidSizes,
+        operations: Any = nn,
+        merging: Merging = MERGING["fidelity"],
     ) -> None:
         super().__init__()
+        self.merging = merging
         self.needs = needs
         self.tokens_per_reference = sizes.id_tokens + LEVELS
         self.image_proj = _IdEncoder(sizes, operations)
@@ -150,9 +156,14 @@ class IdFormer(JointProjector):
     nobody = _NOBODY
 
     def __init__(
-        self, needs: Mapping[str, Reading], sizes: IdFormerSizes, operations: Any = nn
+        self,
+        needs: Mapping[str, Reading],
+        sizes: IdFormerSizes,
+        operations: Any = nn,
+        merging: Merging = PULID_V11,
     ) -> None:
         super().__init__()
+        self.merging = merging
         self.needs = needs
         self.tokens_per_reference = sizes.tokens
         self.image_proj = _IdFormer(sizes, operations)

@@ -146,11 +146,13 @@ def cross_attention_over(
     terms: Callable[[int, Tensor], Sequence[IdentityTerm]],
     options: StreamOptions,
     kernel: Kernel,
+    heads: int = 1,
 ) -> Tensor:
     """Text rows plain, people's rows merged (Eq. 6, 7).
 
     ``q`` and ``text_out = Attn(q, k, v)`` are ``[rows, N, C]``, ``k`` and ``v [rows, M, C]`` the
-    text's. ``terms(prompt, q)`` gives who takes effect in the people's rows of a prompt.
+    text's. ``terms(prompt, q)`` gives who takes effect in the people's rows of a prompt. ``heads``
+    as in ``merged_cross_attention``.
     """
     q_p = rows.split(q)[1]
     found = [terms(prompt, part) for prompt, part in enumerate(q_p) if part.shape[0]]
@@ -160,7 +162,7 @@ def cross_attention_over(
         found, sizes = [[_stacked(same) for same in zip(*found, strict=True)]], [sum(sizes)]
     parts = zip(*(_split(rows.people_of(x), sizes) for x in (q, k, v, text_out)), strict=True)
     merged = [
-        merged_cross_attention(q_n, terms_n, k_n, v_n, out_n, options, kernel)
+        merged_cross_attention(q_n, terms_n, k_n, v_n, out_n, options, kernel, heads)
         for (q_n, k_n, v_n, out_n), terms_n in zip(parts, found, strict=True)
     ]
     return rows.with_people(text_out, _cat(merged))
@@ -170,7 +172,7 @@ def _alike(a: Sequence[IdentityTerm], b: Sequence[IdentityTerm]) -> bool:
     """Whether the people of two prompts can be computed together."""
     return len(a) == len(b) > 0 and all(
         x.key.shape[1:] == y.key.shape[1:]
-        and x.strength == y.strength
+        and (x.strength, x.merging) == (y.strength, y.merging)
         and all(w is None for w in (x.token_weight, y.token_weight, x.mask, y.mask))
         for x, y in zip(a, b, strict=True)
     )
@@ -182,6 +184,7 @@ def _stacked(terms: Sequence[IdentityTerm]) -> IdentityTerm:
         key=torch.cat([t.key for t in terms]),
         value=torch.cat([t.value for t in terms]),
         strength=terms[0].strength,
+        merging=terms[0].merging,
     )
 
 

@@ -97,6 +97,7 @@ class IdentityRun:
             strength=person.strength,
             token_weight=None if null else self._token_weight(index, adapter),
             mask=mask,
+            merging=adapter.projector.merging,
         )
 
     def _token_weight(self, index: int, adapter: Adapter) -> Tensor | None:

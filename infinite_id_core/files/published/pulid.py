@@ -8,6 +8,7 @@ from functools import partial
 from ...errors import WrongShapeError
 from ...method.face_clip import FACE, FACE_WIDTH
 from ...method.features import Reading
+from ...method.merging import MERGING, PULID_V11, Merging
 from ...method.published import ANTELOPE, EVA, PULID_CUT, pulid_readings
 from ...method.pulid import IdEncoder, IdFormer, IdFormerSizes, PulidSizes
 from ...method.records import PublishedRecord
@@ -41,6 +42,10 @@ def _record(found: Found, family: str, needs: Mapping[str, Reading]) -> Publishe
     )
 
 
+def _merging(options: AdapterOptions, usual: Merging) -> Merging:
+    return usual if options.pulid_mode is None else MERGING[options.pulid_mode]
+
+
 class Pulid11(PublishedFormat):
     """All photos in one pass, 32 tokens."""
 
@@ -70,7 +75,7 @@ class Pulid11(PublishedFormat):
                 "five levels."
             )  # fmt: skip
         return Plan(
-            make_projector=partial(IdFormer, needs, sizes),
+            make_projector=partial(IdFormer, needs, sizes, merging=_merging(options, PULID_V11)),
             record=_record(found, self.family, needs),
         )
 
@@ -94,6 +99,8 @@ class Pulid1(PublishedFormat):
             context_width=context,
         )
         return Plan(
-            make_projector=partial(IdEncoder, needs, sizes),
+            make_projector=partial(
+                IdEncoder, needs, sizes, merging=_merging(options, MERGING["fidelity"])
+            ),
             record=_record(found, self.family, needs),
         )
