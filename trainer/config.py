@@ -127,7 +127,8 @@ class AdapterSection:
     face_tokens: int = 4
     """T: tokens the face embedding becomes."""
     start_from: str = ""
-    """An adapter file to go on from, as a new run (e.g. 1024 px after 512 px)."""
+    """An adapter file to go on from, as a new run: one of ours (e.g. 1024 px after 512 px), or a
+    published one (IP-Adapter, FaceID, InstantID, PuLID), whose K/V and like mappers are taken."""
 
     def __post_init__(self) -> None:
         in_range("adapter", self, face_tokens=(1, 64))

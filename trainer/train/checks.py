@@ -5,17 +5,13 @@ Nothing is loaded that takes memory or time: of models only names, shapes and co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infinite_id_core.errors import ModelMismatchError
-from infinite_id_core.files.adapters import read_adapter
 from infinite_id_core.hosts.diffusers_unet import unet_layers
-from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.records import AdapterConfig
 from infinite_id_core.scores.score import FaceReader, PackReader
 
@@ -30,6 +26,7 @@ from ..models.unet import SIZE_IDS, describe_unet, unet_fingerprint, unet_name
 from ..models.vae import check_vae
 from ..prompts import read_prompts
 from . import state
+from .beginning import beginning
 from .features import fingerprints_of, reference_row
 from .fp8 import check_fp8, narrow
 from .log import logger
@@ -65,6 +62,8 @@ class CheckedRun:
     """What the run's checkpoints say of it, at step 0."""
     recogniser: FaceReader | None
     """Scores previews."""
+    begun: str
+    """What ``adapter.start_from`` gives, in numbers; empty without it."""
 
 
 def check_run(
@@ -107,9 +106,9 @@ def check_run(
         plan.redraws = len(record.changes)
         state.read_state(start)
     recorded = adapter_config(config, plan.dataset, int(unet.config.cross_attention_dim))
+    begun = ""
     if config.adapter.start_from:
-        widths = {layer.path: layer.width for layer in unet_layers(unet)}
-        adapter_to_start_from(config.adapter.start_from, recorded, widths)
+        begun = beginning(config.adapter.start_from, recorded, unet_layers(unet)).told
     held_out = check_held_out(config, global_batch)
     validation = check_validation(config)
     if held_out is not None and config.previews.prompts:
@@ -123,6 +122,7 @@ def check_run(
         unet=unet,
         fingerprints=fingerprints,
         recorded=recorded,
+        begun=begun,
         record=record,
         recogniser=recogniser,
     )
@@ -200,25 +200,6 @@ def adapter_config(config: TrainConfig, dataset: Dataset, context_width: int) ->
         dataset_fingerprint=dataset.info.fingerprint,
         licence_note=config.run.licence_note,
     )
-
-
-def adapter_to_start_from(
-    path: str | Path, recorded: AdapterConfig, widths: Mapping[str, int]
-) -> Adapter:
-    """The adapter of ``adapter.start_from``. Raises ``ModelMismatchError`` where it does not fit
-    what this run records and its UNet's ``widths`` by layer path, subclasses of ``FileError``."""
-    before = read_adapter(path)
-    same = ("clip_width", "context_width", "face_tokens", "recogniser", "clip_model", "clip_layer",
-            "embedding")  # fmt: skip
-    earlier, now = before.config.to_json(), recorded.to_json()
-    wrong = [n for n in same if earlier.get(n) != now[n]]
-    if wrong or before.widths != widths:
-        pairs = [f"{n}: {earlier.get(n)!r}, now {now[n]!r}" for n in wrong]
-        raise ModelMismatchError(
-            f"{path}: cannot go on from this adapter "
-            f"({'; '.join(pairs) or 'it was made for a UNet of another shape'})."
-        )
-    return before
 
 
 def check_held_out(config: TrainConfig, global_batch: int) -> Plan | None:

@@ -110,7 +110,8 @@ def dry_run(config: TrainConfig, resume: str = "auto", changed: bool = False) ->
         f"{pairs} of {looked} looked at have pairs; target sizes: {len(plan.buckets)}",
         f"base        {config.model.unet}: {len(unet_layers(unet))} cross-attention layers, "
         f"{_millions(unet)} M parameters, frozen",
-        f"learning    {estimate.parameters / 1e6:.1f} M parameters",
+        f"learning    {estimate.parameters / 1e6:.1f} M parameters"
+        + (f"; it starts from {checked.begun}" if checked.begun else ""),
         f"steps       {steps} of {config.run.steps}, {plan.global_batch} samples each per process"
         + (f", going on from {start}" if start else ""),
         f"memory      {estimate.memory / _GIB:.2f} GiB on each device: UNet "

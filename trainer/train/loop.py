@@ -129,8 +129,8 @@ class _Trainer:
             average=self.average,
             scaler=self.scaler,
         )
-        self.first = self._load(start)
         self.checked = checked
+        self.first = self._load(start)
         self.previewer: Previewer | None = None
         self.validator: Validator | None = None
         self.objective = DenoisingLoss(
@@ -146,6 +146,8 @@ class _Trainer:
 
     def _load(self, start: Path | None) -> int:
         if start is None:
+            if self.checked.begun and self.processes.main:
+                logger.info("It starts from %s.", self.checked.begun)
             return 0
         before = state.read_record(start)
         changes = self.record.changes[len(before.changes) :]

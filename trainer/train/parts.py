@@ -14,7 +14,8 @@ from infinite_id_core.sdxl.schedule import NoiseSchedule
 
 from ..config import TrainConfig
 from ..models.unet import LoadedUNet, load_unet
-from .checks import DTYPES, adapter_to_start_from
+from .beginning import beginning
+from .checks import DTYPES
 from .fp8 import narrow
 
 
@@ -47,8 +48,8 @@ def schedule_of(config: TrainConfig, found: NoiseSchedule) -> NoiseSchedule:
 def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adapter:
     """The learning adapter at step 0: float32, K/V copied from the text's (3.2).
 
-    With ``adapter.start_from`` another adapter's weights. Raises ``ModelMismatchError`` where
-    they do not fit.
+    With ``adapter.start_from`` another adapter's weights (``beginning``). Raises
+    ``ModelMismatchError`` where they do not fit.
     """
     widths = {layer.path: layer.width for layer in unet_layers(unet)}
     with torch.random.fork_rng(devices=[]):
@@ -57,8 +58,8 @@ def new_adapter(config: TrainConfig, recorded: AdapterConfig, unet: Any) -> Adap
     if not config.adapter.start_from:
         adapter.copy_text_projections(text_projections(unet))
         return adapter
-    before = adapter_to_start_from(config.adapter.start_from, recorded, adapter.widths)
-    adapter.load_state_dict(before.state_dict())
+    begun = beginning(config.adapter.start_from, recorded, unet_layers(unet))
+    adapter.load_state_dict({**adapter.state_dict(), **begun.tensors})
     return adapter
 
 
