@@ -17,8 +17,8 @@ from infinite_id_core.files.identities import IDENTITY_FORMAT, read_identity
 from infinite_id_core.files.infinite_id_format import ADAPTER_FORMAT
 from infinite_id_core.files.pickles import open_pickle
 from infinite_id_core.files.safetensors_file import (
-    PICKLES,
     Header,
+    is_pickle,
     json_object,
     open_safetensors,
     read_header,
@@ -77,7 +77,7 @@ def inspect_file(path: Path, *, verify: bool = False) -> Findings:
             from .inspect_data import inspect_shard
 
             return inspect_shard(path)
-        if start.startswith(PICKLES):
+        if is_pickle(start):
             return _pickle(path)
         if start[8:9] == b"{":
             return _safetensors(path)

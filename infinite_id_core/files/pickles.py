@@ -53,8 +53,9 @@ def open_pickle(path: str | Path) -> Iterator[Any]:
     with open_regular(path) as file, unchanged(path, file):
         with _named(path), reading(path):
             start = file.read(16)
-            if not start.startswith((_ZIP_MEMBER, b"\x80")):
-                kind = "a safetensors file" if start[8:9] == b"{" else "of an unknown kind"
+            safetensors = start[8:9] == b"{"  # even where its header's size begins like a pickle
+            if safetensors or not start.startswith((_ZIP_MEMBER, b"\x80")):
+                kind = "a safetensors file" if safetensors else "of an unknown kind"
                 raise UnknownFileError(
                     path, f"is {kind}, not a pickle; there is nothing to convert."
                 )
