@@ -1,9 +1,8 @@
 """``python -m trainer convert IN OUT.safetensors``: tensors out of a pickle, and nothing else.
 
 Read with the core's restricted reader, which builds plain containers and refuses everything else a
-pickle could do. Understood are: an adapter or identity of this project; published IP-Adapter and
-InstantID files, nested (``image_proj``, ``ip_adapter``) or as the raw training checkpoint
-(``image_proj_model.*``, ``adapter_modules.*``; the frozen ``unet.*`` is left behind); and the
+pickle could do. Understood are: an adapter or identity of this project; published adapters of every
+family, pickled or in another spelling (``convert_published``); and the
 models that training reads: an SDXL checkpoint (``.ckpt``), its UNet, VAE, text or image encoder.
 """
 
@@ -34,6 +33,8 @@ from infinite_id_core.files.stored_tensor import StoredTensor
 from infinite_id_core.files.system import writing
 from infinite_id_core.method.face_clip import IdentityConfig
 from infinite_id_core.method.records import AdapterConfig
+
+from .convert_published import convert_published
 
 Kind = Literal["adapter", "identity", "ip-adapter", "model"]
 _PREFIXES = ("module.", "adapter.", "_orig_mod.")
@@ -78,6 +79,12 @@ def main(argv: Sequence[str]) -> int:
         help="what the pickle does not say of itself, e.g. recogniser=buffalo_l/w600k_r50",
     )
     values = parser.parse_args(argv)
+    _check_output(values.input, values.output)
+    published = convert_published(values.input, values.output)
+    if published is not None:
+        behind = f", {published.left_behind} others left behind" * bool(published.left_behind)
+        print(f"{values.output}: {published.family}, {published.tensors} tensors{behind}")
+        return 0
     found = convert(values.input, values.output, _settings(values.config))
     behind = f", {found.left_behind} tensors of frozen models left behind" * bool(found.left_behind)
     print(f"{values.output}: {found.kind}, {len(found.tensors)} tensors{behind}")
@@ -91,8 +98,7 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None)
     ``NotConvertibleError``, ``UnknownFileError``, ``ConfigError`` and what reading the result
     raises; ``output`` is written only if it reads back whole.
     """
-    if output.suffix != ".safetensors" or output.resolve() == source.resolve():
-        raise OptionError(f"OUT must be another file, ending in .safetensors; got {output}.")
+    _check_output(source, output)
     with open_pickle(source) as values:
         found = recognise(source, values, config or {})
         try:
@@ -108,6 +114,11 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None)
             # The reader names the temporary file; the user knows the pickle.
             raise type(error)(source, error.problem.removeprefix("not written: ")) from error
     return found
+
+
+def _check_output(source: Path, output: Path) -> None:
+    if output.suffix != ".safetensors" or output.resolve() == source.resolve():
+        raise OptionError(f"OUT must be another file, ending in .safetensors; got {output}.")
 
 
 # --- recognising by contents -----------------------------------------------------------------

@@ -125,6 +125,11 @@ class PublishedFormat(ABC):
         tensors = {ours: file.tensor(own) for ours, own in names.items()}
         return assembled(plan.record, plan.make_projector, tensors, operations)
 
+    def tensor_names(self, file: TensorFile, options: AdapterOptions) -> dict[str, str]:
+        """The file's own name of each tensor by the name in an adapter's ``state_dict``. Raises as
+        ``describe``."""
+        return self._planned(file, options)[0]
+
     def _planned(
         self, file: TensorFile, options: AdapterOptions
     ) -> tuple[dict[str, str], Plan, Projector]:
