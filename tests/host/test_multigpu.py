@@ -121,9 +121,9 @@ def test_split_on_either_side_of_apply(
     found = run(watched)
     assert {device for device, _ in seen} == {FIRST, SECOND}
     assert len({thread for _, thread in seen}) == 2
-    assert error(found, wanted) < 1e-5
+    assert error(found, wanted) < 1e-4
     assert error(wanted, run(model)) > 1e-3
-    assert error(run(watched), wanted) < 1e-5  # again, with the copies of the first run
+    assert error(run(watched), wanted) < 1e-4  # again, with the copies of the first run
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -249,7 +249,7 @@ def test_a_selected_device_has_the_adapter_as_well(
     (patcher,) = there.get_additional_models_with_key(host.KEY)
     assert there.load_device == patcher.load_device == SECOND
     assert adapter.carried_by(there) is patcher.model is not adapter.adapter
-    assert error(run(there), run(host.apply_identity(model, adapter, identity))) < 1e-5
+    assert error(run(there), run(host.apply_identity(model, adapter, identity))) < 1e-4
 
 
 def test_applying_again_makes_no_further_copy(
@@ -319,11 +319,11 @@ def test_the_micro_model_runs_on_several_devices(micro: Any) -> None:
     model, clip, _ = micro
     wanted = paint(model, clip)
     watched, seen = with_a_spy(split(model))
-    assert error(paint(watched, clip), wanted) < 1e-5
+    assert error(paint(watched, clip), wanted) < 1e-4
     assert {device for device, _ in seen} == {FIRST, SECOND}
     there = select(model)
     assert there.load_device == SECOND and there.model is not model.model
-    assert error(paint(there, clip), wanted) < 1e-5
+    assert error(paint(there, clip), wanted) < 1e-4
     again = host_nodes.NODE_CLASS_MAPPINGS["InfiniteIDMicroModel"].execute().args[0]
     assert again.model is model.model  # still one set of weights
 
