@@ -121,6 +121,12 @@ def clip_vision_files() -> list[str]:
     return [n for n in _files(CLIP_VISION) if n.endswith(".safetensors")]
 
 
+def encoder_files() -> list[str]:
+    """Names of all model files in the clip_vision folders, pickles too: of PuLID's encoder its
+    authors publish nothing else."""
+    return _files(CLIP_VISION)
+
+
 def clip_vision_path(name: str) -> Path:
     """Path of an image encoder's file. Raises ``FileMissingError`` or ``NameNotAllowedError``."""
     return _find(CLIP_VISION, name)

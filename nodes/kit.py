@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..infinite_id_core.encoders.clip_vision import ClipVision
-from ..infinite_id_core.encoders.references import Reference, read_references
+from ..infinite_id_core.encoders.references import ImageEncoder, Reference, read_references
 from ..infinite_id_core.faces.find import find_faces_in_batch
 from ..infinite_id_core.faces.preview import numbered_previews
 from ..infinite_id_core.method.identity import Identity
@@ -28,7 +27,7 @@ class Kit:
 
     adapter: LoadedAdapter
     face_analysis: Any | None
-    clip_vision: ClipVision | None
+    clip_vision: ImageEncoder | None
     low_rank: LowRankUse = LowRankUse()
     read: OrderedDict[str, tuple[Identity, Tensor]] = field(default_factory=OrderedDict)
     """Who was read already, and their preview, by a hash of the photos."""

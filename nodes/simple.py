@@ -11,7 +11,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..infinite_id_core.encoders.clip_vision import ClipVision
+from ..infinite_id_core.encoders.eva import EvaVision
 from ..infinite_id_core.encoders.references import (
+    ImageEncoder,
     file_of_encoder,
     image_encoder_of,
     needs_face,
@@ -26,12 +28,14 @@ from ..infinite_id_core.errors import (
     shown,
 )
 from ..infinite_id_core.faces.pack import load_face_models, recogniser_name
+from ..infinite_id_core.faces.pulid import parsing_told
 from ..infinite_id_core.files.adapter_options import AdapterOptions
 from ..infinite_id_core.files.adapters import family_of
 from ..infinite_id_core.marks import mark_of
 from ..infinite_id_core.method.attention import MAX_STRENGTH, STREAM_PRESETS
 from ..infinite_id_core.method.low_rank import MAX_LOW_RANK_STRENGTH, LowRankRows, LowRankUse
 from ..infinite_id_core.method.merging import MERGING
+from ..infinite_id_core.method.published import EVA_CLIP
 from . import embedded, folders
 from .embedded import EMBEDDED
 from .inputs import checked
@@ -78,7 +82,7 @@ class InfiniteIDLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "image_encoder",
-                    options=[AUTO, *folders.clip_vision_files()],
+                    options=[AUTO, *folders.encoder_files()],
                     default=AUTO,
                     tooltip="'auto' finds the file in models/clip_vision by its contents.",
                 ),
@@ -197,6 +201,8 @@ def _loaded(kit: Kit) -> io.NodeOutput:
     lines = [module.config.summary]
     if module.low_rank_parts:
         lines.append(f"LoRA: {_told(kit.low_rank)}")
+    if isinstance(kit.clip_vision, EvaVision) and parsing_told():
+        lines.append(parsing_told())
     return io.NodeOutput(kit, ui=ui.PreviewText("\n".join(lines)))
 
 
@@ -233,7 +239,7 @@ def _face_models(pack: str) -> Any:
     return load_face_models(pack, folders.insightface_roots())
 
 
-def _wanted_encoder(adapter: LoadedAdapter, chosen: str, missing: list[str]) -> ClipVision | None:
+def _wanted_encoder(adapter: LoadedAdapter, chosen: str, missing: list[str]) -> ImageEncoder | None:
     """The image encoder that an adapter names, found by contents; None as for faces."""
     wanted = image_encoder_of(adapter.adapter)
     if wanted is None:
@@ -246,11 +252,16 @@ def _wanted_encoder(adapter: LoadedAdapter, chosen: str, missing: list[str]) -> 
 
 
 def _encoder_file(wanted: str) -> Path | None:
-    paths = (folders.clip_vision_path(name) for name in folders.clip_vision_files())
+    names = folders.encoder_files() if wanted == EVA_CLIP else folders.clip_vision_files()
+    paths = (folders.clip_vision_path(name) for name in names)
     return next((path for path in paths if _encoder(path) == wanted), None)
 
 
-def _load_encoder(path: Path) -> ClipVision:
+def _load_encoder(path: Path) -> ImageEncoder:
+    if _encoder(path) == EVA_CLIP:
+        from ..infinite_id_core.hosts.comfyui_eva import load_managed_eva
+
+        return load_managed_eva(path)
     import comfy.clip_vision
 
     loaded: ClipVision = comfy.clip_vision.load(str(path))

@@ -10,14 +10,19 @@ from torch import Tensor
 
 from ..errors import EncoderError, OptionError
 from ..faces.align import CROP_SIZE, AlignedFace, align
+from ..faces.pulid import pulid_picture
 from ..method.adapter import Adapter
 from ..method.face_clip import CLIP_LAYER, FACE_WIDTH
 from ..method.features import NORMED, RAW, Feature, Reading
 from ..method.identity import Identity, average
-from ..method.published import ARCFACE, EVA_CLIP, PROJECTED, WHOLE
+from ..method.published import ARCFACE, EVA_CLIP, PROJECTED, PULID_CUT, WHOLE
 from .clip_vision import ClipVision, empty_states, hidden_states, image_embeddings
 from .encode import Combine, check_recognisers, checked_weights
+from .eva import EvaVision
 from .named import encoder_name
+
+ImageEncoder = ClipVision | EvaVision
+"""What reads photos for adapters: most by ComfyUI's interface, PuLID's by its own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +67,7 @@ def recogniser_of(adapter: Adapter) -> str | None:
 def read_references(
     references: Sequence[Reference],
     adapters: Sequence[Adapter],
-    clip_vision: ClipVision | None,
+    clip_vision: ImageEncoder | None,
     *,
     combine: Combine = "stack",
     weights: tuple[float, ...] = (),
@@ -130,13 +135,15 @@ def _face(references: Sequence[Reference]) -> Feature:
 def _picture(
     references: Sequence[Reference],
     reading: Reading,
-    clip_vision: ClipVision | None,
+    clip_vision: ImageEncoder | None,
     empty: bool,
 ) -> Feature:
     if reading.model == EVA_CLIP:
+        return _eva(references, reading, clip_vision)
+    if isinstance(clip_vision, EvaVision):
         raise EncoderError(
-            f"This adapter reads {EVA_CLIP}, PuLID's image encoder, which cannot be loaded here "
-            "yet. Use an identity file that has it, or an adapter of another family."
+            f"This adapter reads {reading.model}, and the image encoder given is {EVA_CLIP}. Load "
+            f"{file_of_encoder(reading.model)}."
         )
     if clip_vision is None:
         raise EncoderError(
@@ -166,7 +173,22 @@ def _picture(
     return Feature(reading=read, value=value, null=null)
 
 
+def _eva(
+    references: Sequence[Reference], reading: Reading, encoder: ImageEncoder | None
+) -> Feature:
+    """One of the two features that PuLID's image encoder gives."""
+    if not isinstance(encoder, EvaVision):
+        given = "none was given" if encoder is None else "another image encoder was given"
+        raise EncoderError(
+            f"This adapter reads {EVA_CLIP}, PuLID's image encoder, and {given}. Put "
+            f"{file_of_encoder(EVA_CLIP)} and use Infinite-ID Loader, which finds it."
+        )
+    head, levels = encoder.read([_cut(reference, reading.cut) for reference in references])
+    return Feature(reading=reading, value=head if reading.output == NORMED else levels)
+
+
 _FILES = {
+    EVA_CLIP: "EVA02_CLIP_L_336_psz14_s6B.pt",
     "ViT-H-14": "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
     "ViT-bigG-14": "CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors",
 }
@@ -182,6 +204,8 @@ def _cut(reference: Reference, cut: str) -> Tensor:
     if cut == WHOLE:
         return reference.photo
     face = _face_of(reference)
+    if cut == PULID_CUT:
+        return pulid_picture(reference.photo, face.detected.landmarks)
     if cut == ARCFACE:
         return align(reference.photo, face.detected.landmarks, CROP_SIZE, 0.0)
     if cut:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.safetensors_file import TensorEntry, read_header
+from ..files.tensor_file import open_tensors
+from ..method.published import EVA_CLIP
+from .eva import prefix_of
 from .named import tower_name
 
 # Of the two namings: what tells width and patch, what numbers the blocks, and the projection with
@@ -27,12 +30,20 @@ _NAMINGS = (
 
 
 def encoder_of_file(path: str | Path) -> str | None:
-    """The image encoder of a safetensors file, e.g. ``ViT-H-14``; None where it holds none that
-    is known, or cannot be read."""
+    """The image encoder of a file, e.g. ``ViT-H-14``; None where it holds none that is known, or
+    cannot be read. Of a pickle, PuLID's alone: its authors publish no safetensors."""
     try:
-        return _encoder_of(read_header(path).tensors)
+        if Path(path).suffix == ".safetensors":
+            return _encoder_of(read_header(path).tensors)
+        with open_tensors(path) as file:
+            return _eva_of(file.header.tensors)
     except FileError:
         return None
+
+
+def _eva_of(tensors: Mapping[str, TensorEntry]) -> str | None:
+    prefix = prefix_of({name: tuple(entry.shape) for name, entry in tensors.items()})
+    return None if prefix is None else EVA_CLIP
 
 
 def _encoder_of(tensors: Mapping[str, TensorEntry]) -> str | None:
@@ -43,4 +54,4 @@ def _encoder_of(tensors: Mapping[str, TensorEntry]) -> str | None:
         numbers = {match[1] for match in map(blocks.match, tensors) if match}
         shape = tensors[projection].shape
         return tower_name(width, len(numbers), patch, shape[axis] if len(shape) == 2 else 0)
-    return None
+    return _eva_of(tensors)

@@ -84,16 +84,23 @@ def align(
 
     With ``padding=0`` it is insightface's ``norm_crop``, but free of aliasing on large faces.
     """
+    return warped(image, crop_matrix(landmarks, size, padding), size)
+
+
+def warped(
+    image: Tensor, matrix: Array, size: int, outside: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> Tensor:
+    """``[H, W, C]`` through a similarity ``[2, 3]`` -> ``[size, size, 3]``; beyond the picture the
+    colour ``outside``."""
     cv2 = opencv()
-    matrix = crop_matrix(landmarks, size, padding)
     region, left, top = _region(image, matrix, size)
     matrix = matrix @ np.array([[1.0, 0.0, left], [0.0, 1.0, top], [0.0, 0.0, 1.0]])
     # Bilinear sampling reads four pixels: average those it would skip.
     shrink = min(max(1, int(1.0 / math.hypot(matrix[0, 0], matrix[1, 0]))), *region.shape[:2])
     pixels = reduced(region, shrink).nan_to_num(0.0).clamp(0.0, 1.0).numpy()
     matrix = matrix @ from_reduced(shrink)
-    warped = cv2.warpAffine(np.ascontiguousarray(pixels), matrix, (size, size))
-    return torch.from_numpy(warped)
+    pixels = np.ascontiguousarray(pixels)
+    return torch.from_numpy(cv2.warpAffine(pixels, matrix, (size, size), borderValue=outside))
 
 
 def read_face(app: Any, image: Tensor, face: DetectedFace) -> Tensor:

@@ -19,7 +19,7 @@ ARCFACE = "arcface"
 """The face upright, as tightly as a recogniser is given it (insightface's ``norm_crop``)."""
 WHOLE = "whole picture"
 PULID_CUT = "pulid"
-"""PuLID's own: a larger crop, of which only the face, in colour, and the rest in grey is kept."""
+"""PuLID's own: a larger crop in grey, its background white where that can be found."""
 
 STATE_ENCODERS = {1280: VIT_H, 1664: VIT_BIGG}
 """Image encoders by the width of their hidden states."""

@@ -37,7 +37,7 @@ def _record(found: Found, family: str, needs: Mapping[str, Reading]) -> Publishe
         family=family,
         encoder=f"{needs[EVA].model}, its head's output and the states at five depths",
         recogniser=face_words(needs[FACE]),
-        crop=f"{PULID_CUT}: the face in colour on white, hair and the rest in grey",
+        crop=f"{PULID_CUT}: a 512 px crop in grey, on white where the background can be found",
         left_out=others_of(found),
     )
 
