@@ -16,6 +16,7 @@ import nodes as host_nodes
 from microworld.people import reference_picture
 
 from ..core import published_files as files
+from ..core import tiny_eva
 from . import tiny_sdxl
 from .runs import error, run
 
@@ -65,7 +66,7 @@ def sizes(layers: Any) -> files.Sizes:
             for i, layer in enumerate(layers)
         ),
         context=tiny_sdxl.CONTEXT, width=48, heads=2, face_heads=3, tokens=5, face_hidden=40,
-        rank=4,
+        rank=4, pulid=24, former_heads=1, former_tokens=6, eva=tiny_eva.HEAD, level=tiny_eva.WIDTH,
     )  # fmt: skip
 
 
@@ -137,6 +138,37 @@ def test_a_file_a_photo_and_a_prompt_make_a_picture(
         assert made.isfinite().all() and error(made, plain) > 1e-3
     assert identity.references == 1 and preview.shape[0] == 1
     assert error(run(model), plain) == 0.0
+
+
+@pytest.mark.parametrize("family", ["pulid v1", "pulid v1.1"])
+def test_pulid_reads_the_photo_by_its_own_encoder(
+    family: str, pack: Any, load: Any, simple: Any, model: Any, photo: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    host = importlib.import_module(f"{pack.__name__}.infinite_id_core.hosts.comfyui_eva")
+    encoder = host.ManagedEva(host.EvaVision(tiny_eva.tower(), tiny_eva.BLOCKS))
+    monkeypatch.setattr(simple, "_load_encoder", lambda _: encoder)
+    loaded = load(family)
+    assert "face parsing: not installed" in loaded.ui.as_dict()["text"][0]
+    plain, ends = run(model), []
+    for preset in ("balanced", "one stream"):
+        patched, identity, _ = person(model, loaded.args[0], photo, preset=preset)
+        ends.append(run(patched))
+        assert ends[-1].isfinite().all() and error(ends[-1], plain) > 1e-3
+    assert {"face", "eva", "eva_levels"} == set(identity.features)
+    neutral = load(family, pulid_mode="neutral").args[0]
+    one = run(person(model, neutral, photo, preset="one stream")[0])
+    assert error(one, ends[1]) > 1e-4
+    two = run(person(model, neutral, photo, preset="balanced")[0])
+    assert error(two, ends[0]) == 0.0  # the mode is of one stream alone
+
+
+def test_pulids_missing_encoder_is_named(
+    load: Any, simple: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simple, "_encoder_file", lambda *_: None)
+    with pytest.raises(Exception, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt \(models/clip_vision\)"):
+        load("pulid v1")
 
 
 def test_the_photo_is_read_once_and_strength_is_not_of_it(
