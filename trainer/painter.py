@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from infinite_id_core.encoders.encode import EncodeOptions, encode_faces
-from infinite_id_core.encoders.open_clip import OpenClipVision
+from infinite_id_core.encoders.eva import EvaVision, load_eva
 from infinite_id_core.encoders.references import (
+    ImageEncoder,
     Reference,
     image_encoder_of,
     needs_face,
     read_references,
     references_of,
 )
-from infinite_id_core.errors import NoFaceError, OptionError
+from infinite_id_core.errors import EncoderError, NoFaceError, OptionError
 from infinite_id_core.faces.align import AlignedFace
 from infinite_id_core.faces.find import FaceOptions, find_faces
 from infinite_id_core.files.adapters import read_adapter
@@ -40,6 +41,7 @@ from infinite_id_core.method.adapter import Adapter
 from infinite_id_core.method.attention import StreamOptions
 from infinite_id_core.method.face_clip import CLIP, FACE
 from infinite_id_core.method.identity import Identity
+from infinite_id_core.method.published import EVA_CLIP
 from infinite_id_core.method.records import AdapterConfig
 
 from .models.face_models import face_pack
@@ -174,7 +176,7 @@ class IdentityReader:
         """``face_models``: a pack's folder, ``microworld``, or insightface's ``FaceAnalysis``."""
         self._source = face_models
         self._clip_weights = clip_weights
-        self._encoders: dict[str, OpenClipVision] = {}
+        self._encoders: dict[str, ImageEncoder] = {}
 
     @cached_property
     def _faces(self) -> Any:
@@ -197,7 +199,7 @@ class IdentityReader:
         finding, encoder = finding or FaceOptions(), self._encoder(image_encoder_of(adapter))
         if adapter.needs.keys() == {FACE, CLIP} and isinstance(adapter.config, AdapterConfig):
             faces = [f for name, photo in photos.items() for f in self._found(name, photo, finding)]
-            assert encoder is not None
+            assert encoder is not None and not isinstance(encoder, EvaVision)
             return encode_faces(faces, encoder, options or EncodeOptions.of_needs(adapter.needs))
         if needs_face([adapter]):
             faces = [f for name, photo in photos.items() for f in self._found(name, photo, finding)]
@@ -212,9 +214,20 @@ class IdentityReader:
         except NoFaceError as error:
             raise NoFaceError(f"{name}: {error}") from error
 
-    def _encoder(self, model: str | None) -> OpenClipVision | None:
+    def _encoder(self, model: str | None) -> ImageEncoder | None:
         if model is None:
             return None
         if model not in self._encoders:
-            self._encoders[model] = load_image_encoder(model, self._clip_weights)
+            self._encoders[model] = _image_encoder(model, self._clip_weights)
         return self._encoders[model]
+
+
+def _image_encoder(model: str, weights: str) -> ImageEncoder:
+    if model != EVA_CLIP:
+        return load_image_encoder(model, weights)
+    if not weights:
+        raise EncoderError(
+            f"This adapter reads {EVA_CLIP}. Give its file, e.g. EVA02_CLIP_L_336_psz14_s6B.pt, as "
+            "--clip-weights."
+        )
+    return load_eva(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from trainer import painter
 from trainer.inspect import inspect_file
 
 from .. import published_files as files
+from .. import tiny_eva
 from ..published_files import SMALL
 
 LAYERS = files.layers_of(SMALL, layers)
@@ -60,6 +62,22 @@ def test_a_photo_is_read_as_the_adapter_needs_it(
     else:
         with pytest.raises(painter.NoFaceError, match="nobody: "):
             reader.read(adapter, {"nobody": nobody})
+
+
+def test_pulid_reads_a_photo_without_comfyui(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dataclasses.replace(SMALL, eva=tiny_eva.HEAD, level=tiny_eva.WIDTH)
+    path = files.write(tmp_path / "a.bin", "nested pickle", files.made("pulid v1", sizes), sizes)
+    options = AdapterOptions(layers=LAYERS, recogniser="microworld/rec")
+    adapter = read_adapter(path, options=options)
+    photo = torch.from_numpy(np.array(reference_picture())).float() / 255
+    with pytest.raises(painter.EncoderError, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt"):
+        painter.IdentityReader(embedded.FACE_MODELS).read(adapter, {"a photo": photo})
+    encoder = painter.EvaVision(tiny_eva.tower(), tiny_eva.BLOCKS)
+    monkeypatch.setattr(painter, "load_eva", lambda _: encoder)
+    reader = painter.IdentityReader(embedded.FACE_MODELS, "a file")
+    assert adapter.tokens(reader.read(adapter, {"a photo": photo})).isfinite().all()
 
 
 @pytest.mark.parametrize("container", ["flat safetensors", "nested pickle"])
