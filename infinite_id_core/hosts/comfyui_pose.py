@@ -139,7 +139,7 @@ def add_pose(
 
 
 def check_instantid(adapter: Adapter) -> None:
-    """Raise ``NotInstantIDError`` for an adapter whose tokens InstantID's ControlNet cannot read."""
+    """Raise ``NotInstantIDError`` unless InstantID's ControlNet can read this adapter's tokens."""
     projector = adapter.projector
     if isinstance(projector, FaceResampler) and projector.needs[FACE].model != BUFFALO:
         return
