@@ -49,7 +49,9 @@ def test_ellipses_lead_to_the_nose_at_60_percent() -> None:
 
 def test_an_ellipse_narrows_towards_its_ends() -> None:
     """The limb from (100, 60) to (220, 60) with the nose there: half axes 60 and 4."""
-    points = np.array([[100.0, 60.0], [220.0, 200.0], [220.0, 60.0], [220.0, 180.0], [220.0, 160.0]])
+    points = np.array(
+        [[100.0, 60.0], [220.0, 200.0], [220.0, 60.0], [220.0, 180.0], [220.0, 160.0]]
+    )
     red = (draw_keypoints(points, SIZE) == np.array((153, 0, 0))).all(axis=-1)
     for x in (120, 140, 160, 180, 200):
         half = 4 * math.sqrt(1 - ((x - 160) / 60) ** 2)
