@@ -64,5 +64,9 @@ def made_control_net(seed: int = 21, context: int = CONTEXT) -> Any:
     made = {"hint_channels": 3, **config, "context_dim": context}
     twin = comfy.cldm.cldm.ControlNet(**made, device="meta", operations=plain_layers())
     network = comfy.cldm.cldm.ControlNet(**made, operations=comfy.ops.disable_weight_init)
-    network.load_state_dict(random_weights(twin.state_dict(), seed))
+    weights = random_weights(twin.state_dict(), seed)
+    for name in weights:
+        if name.startswith("input_hint_block") and name.endswith("weight"):
+            weights[name] *= 3.0  # eight layers in a row would leave nothing of a drawing
+    network.load_state_dict(weights)
     return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))

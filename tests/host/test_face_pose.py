@@ -63,7 +63,7 @@ def tokens(kit: Any, identity: Any) -> tuple[torch.Tensor, torch.Tensor]:
     adapter = kit.adapter.adapter
     found = adapter.tokens(identity)[0], adapter.null_tokens(identity)[0]
     assert all(list(x.shape) == [TOKENS, CONTEXT] for x in found)
-    assert error(found[0], found[1]) > 0.1
+    assert error(found[0], found[1]) > 0.01
     return found
 
 
@@ -168,9 +168,9 @@ def test_the_order_of_a_chain_does_not_matter(pose: Any, net: Any, model: Any) -
 def test_two_people_keep_their_own(
     pose: Any, pack: Any, net: Any, model: Any, kit: Any, identity: Any, tokens: Any
 ) -> None:
-    features = pack.infinite_id_core.method.features
-    reading, value = (identity.features["face"].reading, identity.features["face"].value)
-    turned = features.Feature(reading=reading, value=value.flip(-1))
+    face = identity.features["face"]
+    feature = pack.infinite_id_core.method.features.Feature
+    turned = feature(reading=face.reading, value=-face.value)
     second = type(identity)(features={"face": turned}, weight=identity.weight)
     other = made_control_net(seed=33)
     one = pose()
