@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.controlnet
-import numpy as np
 import pytest
 import torch
 
@@ -228,19 +227,16 @@ def sides(made: Any) -> dict[str, Any]:
 
 
 def test_the_drawing_shows_the_face_where_the_photo_has_it(
-    pose: Any, kit: Any, picture: torch.Tensor
+    pose: Any, picture: torch.Tensor
 ) -> None:
-    side = picture.shape[1] // 8
-    assert picture.shape[1] == picture.shape[2]
-    tall = {"samples": torch.zeros(1, 4, 2 * side, side)}
-    drawing = pose(latent=tall)[2]
-    assert list(drawing.shape) == [1, 16 * side, 8 * side, 3]
-    landmarks = kit.faces(picture)[0].landmarks + [0, 4 * side]  # in the middle of the height
-    colours = ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1])
-    for (x, y), colour in zip(np.round(landmarks).astype(int), colours, strict=True):
-        if colour in ([1, 1, 0], [1, 0, 1]) or np.hypot(*(landmarks - [x, y]).T).min() < 1:
-            found = (drawing[0] == torch.tensor(colour, dtype=torch.float32)).all(-1).nonzero()
-            assert abs(found.float().mean(0).flip(0) - torch.tensor([x, y])).max() < 12
+    """The discs of a photo of 256 pixels, in the middle of a picture twice as high."""
+    assert list(picture.shape) == [1, 256, 256, 3]
+    drawing = pose(latent={"samples": torch.zeros(1, 4, 64, 32)})[2]
+    assert list(drawing.shape) == [1, 512, 256, 3]
+    seen = {"eye": (99, 123), "mouth": (150, 189)}  # measured in the photo, by eye
+    for (x, y), colour in zip(seen.values(), ([1, 0, 0], [1, 0, 1]), strict=True):
+        found = (drawing[0] == torch.tensor(colour, dtype=torch.float32)).all(-1).nonzero()
+        assert torch.allclose(found.float().mean(0), torch.tensor([y + 128.0, x]), atol=2.0)
 
 
 def test_a_batch_of_photos_gives_each_picture_its_pose(
@@ -328,14 +324,3 @@ def test_the_host_finds_its_models_and_frees_it(pose: Any, net: Any, model: Any)
     run(model, positive=positive, negative=negative)
     assert control.control.cond_hint is None and control.timestep_range is None
     assert control.copy().get_models() == control.get_models()
-
-
-def test_another_gpu_gets_a_network_of_its_own(pose: Any, net: Any) -> None:
-    control = pose()[0][0][1]["control"]
-    if not hasattr(control, "multigpu_clones"):
-        pytest.skip("this ComfyUI computes on one GPU")
-    device = torch.device("cpu")
-    clone = control.deepclone_multigpu(device, autoregister=True)
-    assert control.get_instance_for_device(device) is clone and clone.key == control.key
-    assert clone.get_models_only_self()[0].model is not net.control_model
-    assert len(control.get_models()) == 2
