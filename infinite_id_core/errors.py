@@ -186,6 +186,14 @@ class NotSDXLError(MismatchError):
     """The model is not an SDXL-shaped UNet."""
 
 
+class NotInstantIDError(MismatchError):
+    """An adapter whose tokens InstantID's ControlNet cannot read."""
+
+
+class NotIdentityNetError(MismatchError):
+    """A ControlNet that cannot read tokens as wide as SDXL's."""
+
+
 class StreamConflictError(MismatchError):
     """Two Apply nodes on one model ask for different things of the one text stream."""
 

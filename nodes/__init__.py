@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import apply, detail, face, folders, identity, micro, models, score, simple, style
+from . import apply, detail, face, folders, identity, micro, models, pose, score, simple, style
 
 
 class InfiniteIDExtension(ComfyExtension):
@@ -20,6 +20,7 @@ class InfiniteIDExtension(ComfyExtension):
             *identity.NODES,
             *detail.NODES,
             *apply.NODES,
+            *pose.NODES,
             *micro.NODES,
             *style.NODES,
             *score.NODES,

@@ -107,6 +107,21 @@ def _is_encoder(value: Any) -> bool:
     return callable(getattr(value, "encode_image", None))
 
 
+def _is_control_net(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("copy", "set_cond_hint", "get_control"))
+
+
+def _is_conditioning(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[1], dict)
+        for one in value
+    )
+
+
+def _is_latent(value: Any) -> bool:
+    return isinstance(value, dict) and torch.is_tensor(value.get("samples"))
+
+
 def _is_anything(value: Any) -> bool:
     return True
 
@@ -123,6 +138,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "IMAGE": ("pictures", torch.is_tensor),
     "MASK": ("a mask", torch.is_tensor),
     "MODEL": ("a model", _is_model),
+    "LATENT": ("a latent", _is_latent),
+    "CONDITIONING": ("a conditioning", _is_conditioning),
+    "CONTROL_NET": ("a ControlNet", _is_control_net),
     "CLIP_VISION": ("an image encoder", _is_encoder),
     # Of several packs' loaders: what is used of them is checked where it is used.
     "FACEANALYSIS": ("face models", _is_anything),

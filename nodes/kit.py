@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..infinite_id_core.encoders.references import ImageEncoder, Reference, read_references
-from ..infinite_id_core.faces.find import find_faces_in_batch
+from ..infinite_id_core.faces.detect import DetectedFace
+from ..infinite_id_core.faces.find import (
+    FaceOptions,
+    detect_in_batch,
+    find_faces_in_batch,
+    wanted_faces,
+)
 from ..infinite_id_core.faces.preview import numbered_previews
 from ..infinite_id_core.method.identity import Identity
 from ..infinite_id_core.method.low_rank import LowRankUse
@@ -53,3 +59,12 @@ class Kit:
             ]
             preview = numbered_previews(photos, found)
         return read_references(references, adapters, self.clip_vision), preview
+
+    def faces(self, photos: Tensor) -> list[DetectedFace]:
+        """The largest face of each of photos ``[n, H, W, C]``, found and not read.
+
+        Raises ``NoFaceError``, ``ImageError``, ``FaceModelError``.
+        """
+        found = detect_in_batch(self.face_analysis, photos)
+        wanted = wanted_faces(found, FaceOptions())
+        return [seen.detected[number] for seen, (number,) in zip(found, wanted, strict=True)]

@@ -36,7 +36,7 @@ CHAPTERS = {
         "InfiniteIDSaveIdentity",
         "InfiniteIDLoadIdentity",
     ),
-    "Painting": ("InfiniteIDApply", "InfiniteIDStylePreset"),
+    "Painting": ("InfiniteIDApply", "InfiniteIDFacePose", "InfiniteIDStylePreset"),
     "Choosing": ("InfiniteIDScore",),
     "Small faces": ("InfiniteIDFaceCrop", "InfiniteIDFacePaste"),
 }

@@ -12,6 +12,7 @@ NODE_IDS = (
     "InfiniteIDLoadIdentity",
     "InfiniteIDAdapterLoader",
     "InfiniteIDApply",
+    "InfiniteIDFacePose",
     "InfiniteIDFaceCrop",
     "InfiniteIDFacePaste",
     "InfiniteIDMicroModel",

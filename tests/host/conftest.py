@@ -77,6 +77,7 @@ _BASE = _enter_host(Path(_HOST)) if _HOST else None
 # About what the oldest hosts do not have.
 _SINCE = {
     "test_multigpu.py": "comfy_extras/nodes_multigpu.py",
+    "test_face_pose_multigpu.py": "comfy_extras/nodes_multigpu.py",
     "test_dynamic_vram.py": "comfy/memory_management.py",
 }
 collect_ignore = [n for n, since in _SINCE.items() if _HOST and not Path(_HOST, since).is_file()]
