@@ -13,11 +13,12 @@ import comfy.ops
 import numpy as np
 import torch
 
+import nodes as host_nodes
 from microworld.comfy_models import plain_layers
 from microworld.people import reference_picture
 
 from ..core import published_files as files
-from .tiny_sdxl import CONTEXT, UNET_CONFIG, random_weights
+from .tiny_sdxl import CONTEXT, UNET_CONFIG, random_weights, tiny_model
 
 TOKENS = 16
 _NOT_OF_CONTROL = ("out_channels", "transformer_depth_output")
@@ -54,7 +55,6 @@ def made_kit(pack: Any, model: Any, family: str = "raw face", recogniser: str | 
             "CPU", 640
         ),
         clip_vision=None,
-        lora_strength=0.0,
     )
 
 
@@ -70,3 +70,21 @@ def made_control_net(seed: int = 21, context: int = CONTEXT) -> Any:
             weights[name] *= 3.0  # eight layers in a row would leave nothing of a drawing
     network.load_state_dict(weights)
     return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+
+
+def load_made_instantid(pack: Any) -> None:
+    """Make a node ``MadeInstantID`` of the host: a photo's kit, identity and ControlNet."""
+
+    class MadeInstantID:
+        RETURN_TYPES = ("INFINITE_ID", "IDENTITY", "CONTROL_NET")
+        FUNCTION = "make"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"photo": ("IMAGE", {})}}
+
+        def make(self, photo: torch.Tensor) -> tuple[Any, Any, Any]:
+            kit = made_kit(pack, tiny_model())
+            return kit, kit.person(photo)[0], made_control_net()
+
+    host_nodes.NODE_CLASS_MAPPINGS["MadeInstantID"] = MadeInstantID

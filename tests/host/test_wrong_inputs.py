@@ -12,6 +12,7 @@ from nodes import NODE_CLASS_MAPPINGS
 from tools.node_ids import NODE_IDS
 
 from .executor import Executor, Prompt, executed, failures, load_extra, load_kept
+from .face_pose import load_made_instantid
 
 EMBEDDED = "microworld (embedded)"
 
@@ -38,8 +39,8 @@ VALUES: dict[str, Any] = {
     "wrapped object": {"__value__": {"samples": 1}},
     "link to nobody": ["nobody", 0],
     "link to no output": ["latent", 7],
-    "link of another type": ["latent", 0],
-    "wrapped link of another type": {"__value__": ["latent", 0]},
+    "link of another type": ["micro", 2],  # a VAE, which none of our nodes takes
+    "wrapped link of another type": {"__value__": ["micro", 2]},
 }
 # The host's words for what it refuses itself, and for what our loaders do.
 REFUSALS = {
@@ -95,6 +96,13 @@ def base() -> Prompt:
                    "strength": 1.0, "mixing": "mixed", "style": "adain_mean",
                    "style_strength": 1.0, "merge_text": True, "text_stream": "own",
                    "start_percent": 0.0, "end_percent": 1.0, "mask": ["mask", 0]}),
+        "words": ("CLIPTextEncode", {"clip": ["micro", 1], "text": "a person"}),
+        "instantid": ("MadeInstantID", {"photo": portrait}),
+        "pose": ("InfiniteIDFacePose",
+                 {"positive": ["words", 0], "negative": ["words", 0],
+                  "control_net": ["instantid", 2], "infinite_id": ["instantid", 0],
+                  "identity": ["instantid", 1], "pose": portrait, "latent": ["latent", 0],
+                  "strength": 0.8, "start_percent": 0.0, "end_percent": 1.0}),
         "crop": ("InfiniteIDFaceCrop",
                  {"face_analysis": ["models", 0], "image": portrait, "choose": "largest",
                   "index": 0, "order": "left to right", "padding": 0.5, "size": 128,
@@ -118,6 +126,7 @@ def executor(pack: Any) -> Executor:
     """One whose cache holds the result of every node."""
     load_extra("mask")
     load_kept()
+    load_made_instantid(pack)
     made = Executor()
     first = base()
     first["save"]["inputs"]["name"] = "there"
